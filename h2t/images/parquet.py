@@ -1,0 +1,236 @@
+"""Parquet files of image bytes and integer labels, as data set hubs and ``h2t prepare`` write them."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow.fs import FileType
+
+from h2t.errors import UserError, unknown
+from h2t.images.encoding import describe_encoding
+from h2t.images.files import of_split, open_root, require_root, shards, task_folder
+from h2t.images.source import EncodedImage, Image, RowProblem, SourceUnavailable, Split
+from h2t.tasks import Task
+
+_LAYOUT = "a Parquet file with a column 'split', or a folder with files named after train and test"
+# Looked for in this order where the recipe names no column.
+_IMAGE_COLUMNS = ("image", "image_bytes", "img", "webp", "png", "jpg", "jpeg")
+_LABEL_COLUMNS = ("label", "cls", "labels", "fine_label")
+_INDEX_COLUMN, _SPLIT_COLUMN = "index", "split"
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """Rows in the order of an integer column ``index`` where there is one, else as in the files, by name."""
+
+    root: str
+    folder: str  # the folder, or the one file, within the root's file system
+    task: Task
+    image: str = ""  # column; "" = the first of the usual names
+    label: str = ""
+    train: str = "train"  # the splits' names in file names or in the column 'split'
+    test: str = "test"
+    # Every opening lists the files anew, but a worker lists them once for all that it is asked to read.
+    opened: int = field(default_factory=time.time_ns)
+
+    def labels(self, split: Split) -> np.ndarray:
+        """int32 [n], -1 where the label is null or negative or too large for int32."""
+        return _rows(self, split).labels
+
+    def read(self, split: Split, rows: Sequence[int]) -> list[Image]:
+        """Image bytes as stored; reads each row group that holds one of the rows once."""
+        listed = _rows(self, split)
+        chosen = np.asarray(rows, dtype=np.int64)
+        images: list[Image] = [EncodedImage(b"", "")] * len(chosen)
+        place = np.stack([listed.file[chosen], listed.group[chosen]], axis=1)
+        for file, group in np.unique(place, axis=0):
+            column = _image_column(self, listed.files[file], int(group))
+            for position in np.flatnonzero((place == (file, group)).all(axis=1)):
+                row = int(chosen[position])
+                data = column[int(listed.row[row])].as_py() or b""
+                images[position] = EncodedImage(data, listed.name(row))
+        return images
+
+    def name(self, split: Split, row: int) -> str:
+        """File, row group and row."""
+        return _rows(self, split).name(row)
+
+    def problems(self, split: Split) -> Iterator[RowProblem]:
+        """Labels that are null, and indices that occur twice."""
+        listed = _rows(self, split)
+        for row in np.flatnonzero(listed.labels < 0).tolist():
+            yield RowProblem(row, listed.name(row), "no label, or one that is negative or over 2^31")
+        for row in (np.flatnonzero(np.diff(listed.index) == 0) + 1).tolist():
+            yield RowProblem(row, listed.name(row), f"index {listed.index[row]} occurs twice")
+
+    def provenance(self) -> dict[str, str]:
+        """Root and encoding of the first image."""
+        first = self.read("train", range(min(1, len(self.labels("train")))))
+        data = b"".join(image.data for image in first if isinstance(image, EncodedImage))
+        return {
+            "source": "parquet",
+            "root": self.root,
+            "encoding": describe_encoding(data, self.task),
+            "licence": self.task.licence,
+        }
+
+
+def open_parquet(
+    task: Task,
+    root: str | None,
+    *,
+    image: str = "",
+    label: str = "",
+    train: str = "train",
+    test: str = "test",
+) -> ParquetSource:
+    """A task's images in a Parquet file, in a folder of them, or in a sub-folder of the task's name.
+
+    Args:
+        image: column of image bytes (binary, or a struct with a field ``bytes``).
+        label: integer column.
+        train: name of the training split in file names or in the column ``split``.
+        test: likewise for the test split.
+
+    Raises:
+        SourceUnavailable: nothing there.
+    """
+    root = require_root(root, task, _LAYOUT)
+    filesystem, path = open_root(root)
+    if filesystem.get_file_info(path).type == FileType.File:
+        return ParquetSource(root, path, task, image, label, train, test)
+    folder = task_folder(root, task) or path
+    if not shards(filesystem, folder, ".parquet", (train, test)):
+        raise SourceUnavailable(f"no Parquet files of {task.name} in {folder}: expected {_LAYOUT}")
+    return ParquetSource(root, folder, task, image, label, train, test)
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The rows of a split, column by column; ``row`` counts within row group ``group`` of ``file``."""
+
+    files: tuple[str, ...]
+    file: np.ndarray
+    group: np.ndarray
+    row: np.ndarray
+    index: np.ndarray
+    labels: np.ndarray
+
+    def name(self, row: int) -> str:
+        """File, row group and row, for messages."""
+        return f"{self.files[self.file[row]]}#{self.group[row]}:{self.row[row]}"
+
+
+@lru_cache(maxsize=32)
+def _rows(source: ParquetSource, split: Split) -> _Listed:
+    files = _files_of(source, split)
+    parts = [_rows_of_file(source, path, split) for path in files]
+    file = np.repeat(np.arange(len(parts)), [len(part["labels"]) for part in parts])
+    columns = {name: _joined([part[name] for part in parts]) for name in ("group", "row", "labels")}
+    indexed = bool(parts) and all("index" in part for part in parts)
+    index = _joined([part["index"] for part in parts]) if indexed else np.arange(len(file))
+    order = np.argsort(index, kind="stable")
+    return _Listed(
+        tuple(files), file[order], columns["group"][order], columns["row"][order], index[order],
+        columns["labels"][order].astype(np.int32),
+    )  # fmt: skip
+
+
+def _files_of(source: ParquetSource, split: Split) -> list[str]:
+    filesystem, _ = open_root(source.root)
+    if filesystem.get_file_info(source.folder).type == FileType.File:
+        return [source.folder]
+    paths = shards(filesystem, source.folder, ".parquet", (source.train, source.test))
+    named = {name: of_split(paths, source.folder, name) for name in (source.train, source.test)}
+    # Where no file is named after a split, every file may hold rows of both, told apart by a column.
+    return named[_name(source, split)] if any(named.values()) else paths
+
+
+def _name(source: ParquetSource, split: Split) -> str:
+    return source.train if split == "train" else source.test
+
+
+def _rows_of_file(source: ParquetSource, path: str, split: Split) -> dict[str, np.ndarray]:
+    """Columns group, row, labels and, where the file has it, index; of the rows of the split."""
+    with _open(source.root, path) as file:
+        names = file.schema_arrow.names
+        label = _label_column(file.schema_arrow, path, source.label)
+        table = file.read([label, *(name for name in (_INDEX_COLUMN, _SPLIT_COLUMN) if name in names)])
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    columns = {
+        "group": np.repeat(np.arange(len(sizes)), sizes),
+        "row": _joined([np.arange(size) for size in sizes]),
+        "labels": _labels_or_minus_one(table.column(label)),
+    }
+    if _INDEX_COLUMN in names:
+        columns["index"] = table.column(_INDEX_COLUMN).to_numpy()
+    if _SPLIT_COLUMN in names:
+        wanted = np.array(table.column(_SPLIT_COLUMN).to_pylist(), dtype=object) == _name(source, split)
+        return {name: column[wanted] for name, column in columns.items()}
+    # Without either, every row would be for training and for testing.
+    if not of_split([path], source.folder, _name(source, split)):
+        raise UserError(
+            f"{path} is not named after a split and has no column '{_SPLIT_COLUMN}': expected {_LAYOUT}"
+        )
+    return columns
+
+
+def _labels_or_minus_one(column: pa.ChunkedArray) -> np.ndarray:
+    """int64 [n]; what int32 cannot hold becomes -1, so that it is reported and not wrapped around."""
+    labels = column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
+    return np.where((labels < 0) | (labels > np.iinfo(np.int32).max), -1, labels)
+
+
+def _label_column(schema: pa.Schema, path: str, stated: str) -> str:
+    name = _column(schema, path, stated, _LABEL_COLUMNS, "label")
+    if not pa.types.is_integer(schema.field(name).type):
+        raise UserError(f"labels must be integers: column '{name}' of {path} is {schema.field(name).type}")
+    return name
+
+
+def _column(schema: pa.Schema, path: str, stated: str, usual: Sequence[str], what: str) -> str:
+    if stated and stated not in schema.names:
+        raise unknown(f"{what} column of {path}", stated, schema.names)
+    found = stated or next((name for name in usual if name in schema.names), "")
+    if not found:
+        raise UserError(
+            f"no {what} column in {path}: expected one of {', '.join(usual)}, or its name in the option "
+            f"'{what}'; the file has {', '.join(schema.names)}"
+        )
+    return found
+
+
+# A shard's rows mostly sit in one row group, and the next shard's in the same one or the next.
+@lru_cache(maxsize=2)
+def _image_column(source: ParquetSource, path: str, group: int) -> pa.ChunkedArray:
+    """Image bytes of a row group: binary [n]."""
+    with _open(source.root, path) as file:
+        name = _column(file.schema_arrow, path, source.image, _IMAGE_COLUMNS, "image")
+        field = file.schema_arrow.field(name)
+        if _is_bytes(field.type):
+            return file.read_row_group(group, [name]).column(name)
+        if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
+            return pc.struct_field(file.read_row_group(group, [f"{name}.bytes"]).column(name), "bytes")
+    raise UserError(
+        f"column '{name}' of {path} is {field.type}: expected binary, or a struct with a field 'bytes'"
+    )
+
+
+def _is_bytes(type: pa.DataType) -> bool:
+    return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
+
+
+def _open(root: str, path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(open_root(root)[0].open_input_file(path))
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)

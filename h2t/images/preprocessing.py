@@ -1,0 +1,92 @@
+"""From decoded pixels to the tensor that a backbone reads."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image as PillowImage
+
+from h2t.images.decoding import decode
+from h2t.images.source import Image
+
+Resize = Literal["bilinear", "bicubic"]
+
+# Images become float32 before they are resized: so many pixels at once. On a CPU, temporaries that fit its
+# caches make 300 x 300 images several times as fast as one large one does; a GPU wants few launches.
+_PIXELS_AT_ONCE_CPU = 300_000
+_PIXELS_AT_ONCE_GPU = 32_000_000
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes ``image_size`` x ``image_size`` normalised numbers; never cropped or flipped.
+
+    ``bilinear`` is the official pipeline's: float, half-pixel centres, no antialiasing, aspect ratio not
+    kept. ``bicubic`` is Pillow's antialiased bicubic on uint8, as later papers use it. ``mean`` and ``std``
+    are in units of pixels in [0, 1]; 0.5 each gives the official range [-1, 1].
+    """
+
+    image_size: int
+    resize: Resize = "bilinear"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+def prepare(image: Image, preprocessing: Preprocessing) -> np.ndarray:
+    """The CPU worker's part: uint8 [S, S, 3] for bicubic, uint8 [height, width, 3] as stored for bilinear.
+
+    Raises:
+        BadImage: see :func:`h2t.images.decode`.
+    """
+    pixels = decode(image)
+    size = (preprocessing.image_size, preprocessing.image_size)
+    if preprocessing.resize == "bilinear" or pixels.shape[:2] == size:
+        return pixels
+    return np.asarray(PillowImage.fromarray(pixels).resize(size, PillowImage.Resampling.BICUBIC))
+
+
+def to_batch(
+    images: Sequence[np.ndarray],
+    preprocessing: Preprocessing,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The backbone worker's part: prepared images, uint8 [height, width, 3] each, as one batch.
+
+    Returns:
+        ``dtype`` [b, 3, S, S] in channels-last memory, (pixel / 255 - mean) / std; computed in float32.
+    """
+    size = preprocessing.image_size
+    shape = (len(images), 3, size, size)
+    batch = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+    mean, std = (
+        torch.tensor(each, device=device).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std)
+    )
+    at_once = _PIXELS_AT_ONCE_CPU if batch.device.type == "cpu" else _PIXELS_AT_ONCE_GPU
+    for rows in _rows_of_equal_size(images, size, at_once):
+        pixels = torch.from_numpy(np.stack([images[row] for row in rows])).to(device)
+        resized = _resize(pixels.permute(0, 3, 1, 2).float(), size)
+        batch[rows] = resized.div_(255).sub_(mean).div_(std).to(dtype)
+    return batch
+
+
+def _rows_of_equal_size(images: Sequence[np.ndarray], size: int, pixels_at_once: int) -> list[list[int]]:
+    """Rows of images that can be stacked, in chunks of so many pixels before or after resizing."""
+    groups: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for row, pixels in enumerate(images):
+        groups[pixels.shape].append(row)
+    chunks = []
+    for (height, width, _), rows in groups.items():
+        at_once = max(1, pixels_at_once // max(height * width, size * size))
+        chunks += [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
+    return chunks
+
+
+def _resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Bilinear, [b, 3, height, width] -> [b, 3, S, S]; the identity where the size fits already."""
+    if pixels.shape[-2:] == (size, size):
+        return pixels
+    return torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)

@@ -1,0 +1,167 @@
+"""WebDataset shards: tar files of samples ``<key>.<png|jpg|jpeg|webp>`` and ``<key>.cls``, as on the hub.
+
+Tar files are read with the standard library: a first pass over the headers notes where every image starts,
+and images are then read at random.
+"""
+
+import io
+import posixpath
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from pyarrow.fs import FileSystem
+
+from h2t.images.encoding import describe_encoding
+from h2t.images.files import of_split, open_root, require_root, shards, task_folder
+from h2t.images.source import EncodedImage, Image, RowProblem, SourceUnavailable, Split
+from h2t.tasks import Task
+
+_LAYOUT = "a folder with train/*.tar and test/*.tar of images and .cls files"
+_SUFFIXES = ("webp", "png", "jpg", "jpeg")
+_PREFIXES = ("", "wds_vtab-", "wds_")
+# One read of an object store brings many headers, and small images with them.
+_HEADER_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True)
+class WebDatasetSource:
+    """Samples in the order of the shards ('2.tar' before '10.tar') and, within a shard, of its files."""
+
+    root: str
+    folder: str  # within the root's file system
+    task: Task
+    train: str = "train"  # the splits' names in the paths of shards
+    test: str = "test"
+    # Every opening lists the files anew, but a worker lists them once for all that it is asked to read.
+    opened: int = field(default_factory=time.time_ns)
+
+    def labels(self, split: Split) -> np.ndarray:
+        """int32 [n], -1 where a sample has no label or one that is no integer."""
+        return np.array([sample.label for sample in _samples(self, split)], dtype=np.int32)
+
+    def read(self, split: Split, rows: Sequence[int]) -> list[Image]:
+        """Images as stored."""
+        samples = _samples(self, split)
+        images: list[Image] = [EncodedImage(b"", "")] * len(rows)
+        for shard in dict.fromkeys(samples[row].shard for row in rows):
+            with open_root(self.root)[0].open_input_file(shard) as file:
+                for position, row in enumerate(rows):
+                    if samples[row].shard == shard:
+                        data = file.read_at(samples[row].size, samples[row].offset)
+                        images[position] = EncodedImage(data, samples[row].path)
+        return images
+
+    def name(self, split: Split, row: int) -> str:
+        """Shard and key."""
+        return _samples(self, split)[row].path
+
+    def problems(self, split: Split) -> Iterator[RowProblem]:
+        """Samples without an image or a usable label, and keys that occur twice."""
+        first_row: dict[str, int] = {}
+        for row, sample in enumerate(_samples(self, split)):
+            if not sample.size:
+                yield RowProblem(row, sample.path, f"no image: expected one of {', '.join(_SUFFIXES)}")
+            if sample.label < 0:
+                yield RowProblem(row, sample.path, "no .cls file with a non-negative integer")
+            if first_row.setdefault(sample.path, row) != row:
+                yield RowProblem(row, sample.path, f"key occurs twice, first as row {first_row[sample.path]}")
+
+    def provenance(self) -> dict[str, str]:
+        """Root and encoding of the first image."""
+        first = self.read("train", range(min(1, len(_samples(self, "train")))))
+        data = b"".join(image.data for image in first if isinstance(image, EncodedImage))
+        return {
+            "source": "webdataset",
+            "root": self.root,
+            "encoding": describe_encoding(data, self.task),
+            "licence": self.task.licence,
+        }
+
+
+def open_webdataset(
+    task: Task, root: str | None, *, train: str = "train", test: str = "test"
+) -> WebDatasetSource:
+    """A task's shards in a folder, or in a sub-folder of the task's name ('wds_vtab-<name>' too).
+
+    Args:
+        train: name of the training split in the paths of shards.
+        test: likewise for the test split.
+
+    Raises:
+        SourceUnavailable: nothing there.
+    """
+    root = require_root(root, task, _LAYOUT)
+    filesystem, base = open_root(root)
+    folder = task_folder(root, task, _PREFIXES) or base
+    if not shards(filesystem, folder, ".tar", (train, test)):
+        raise SourceUnavailable(f"no tar files of {task.name} in {folder}: expected {_LAYOUT}")
+    return WebDatasetSource(root, folder, task, train, test)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Where an image lies; size 0 where the sample has none."""
+
+    path: str  # shard and key
+    shard: str
+    offset: int
+    size: int
+    label: int
+
+
+@lru_cache(maxsize=32)
+def _samples(source: WebDatasetSource, split: Split) -> tuple[_Sample, ...]:
+    filesystem, _ = open_root(source.root)
+    names = {"train": source.train, "test": source.test}
+    paths = shards(filesystem, source.folder, ".tar", tuple(names.values()))
+    of_this = of_split(paths, source.folder, names[split])
+    return tuple(sample for shard in of_this for sample in _samples_of_shard(filesystem, shard))
+
+
+def _samples_of_shard(filesystem: FileSystem, shard: str) -> list[_Sample]:
+    """Consecutive members of one key are a sample; a key that comes back later is a second one."""
+    samples: list[_Sample] = []
+    try:
+        with (
+            filesystem.open_input_file(shard) as file,
+            tarfile.open(fileobj=io.BufferedReader(file, _HEADER_BUFFER), mode="r:") as archive,
+        ):
+            for key, members in _by_key(archive):
+                samples.append(_sample(shard, key, members, archive))
+    except tarfile.TarError as error:
+        raise SourceUnavailable(f"{shard} is not a whole tar file: {error}") from error
+    return samples
+
+
+def _by_key(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Key and members by suffix of each sample, which ends where the key changes or a suffix comes again."""
+    key = ""
+    members: dict[str, tarfile.TarInfo] = {}
+    for member in archive:
+        if not member.isfile():
+            continue
+        folder, name = posixpath.split(member.name)
+        stem, _, suffix = name.partition(".")
+        if members and (posixpath.join(folder, stem) != key or suffix.lower() in members):
+            yield key, members
+            members = {}
+        key = posixpath.join(folder, stem)
+        members[suffix.lower()] = member
+    if members:
+        yield key, members
+
+
+def _sample(shard: str, key: str, members: dict[str, tarfile.TarInfo], archive: tarfile.TarFile) -> _Sample:
+    image = next((members[suffix] for suffix in _SUFFIXES if suffix in members), None)
+    offset, size = (image.offset_data, image.size) if image else (0, 0)
+    return _Sample(f"{shard}#{key}", shard, offset, size, _label(archive, members.get("cls")))
+
+
+def _label(archive: tarfile.TarFile, member: tarfile.TarInfo | None) -> int:
+    content = archive.extractfile(member) if member else None
+    text = content.read().decode("ascii", errors="replace").strip() if content else ""
+    return int(text) if text.isdecimal() and int(text) <= np.iinfo(np.int32).max else -1

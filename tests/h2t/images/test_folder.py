@@ -1,0 +1,103 @@
+"""Folders of images, a class each."""
+
+import numpy as np
+import pytest
+
+from h2t.errors import UserError
+from h2t.images import SourceUnavailable, check_rows, class_names, decode, open_source
+from h2t.images.folder import open_folder
+from h2t.tasks import Task
+
+TASK = Task("birds", "Birds", "other", 0, n_train=0)
+
+
+@pytest.fixture
+def tree(tmp_path, encode):
+    """Writes images of a brightness of their own at the paths; returns the root."""
+
+    def write(*paths):
+        for number, path in enumerate(paths):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_bytes(encode(np.full((2, 2, 3), number, dtype=np.uint8)))
+        return tmp_path
+
+    return write
+
+
+def by_label(source, split):
+    """Brightness of the images of each label."""
+    labels = source.labels(split)
+    values = [int(decode(image)[0, 0, 0]) for image in source.read(split, range(len(labels)))]
+    return {
+        label: sorted(v for v, each in zip(values, labels, strict=True) if each == label)
+        for label in set(labels)
+    }
+
+
+def test_train_and_test_folders(tree):
+    root = tree(
+        "train/crow/a.png", "train/crow/b.png", "train/owl/a.png", "test/owl/a.png", "test/wren/a.png"
+    )
+    source = open_source("folder", TASK, str(root), {})
+    assert by_label(source, "train") == {0: [0, 1], 1: [2]}
+    assert by_label(source, "test") == {1: [3], 2: [4]}
+    assert class_names(source) == class_names(open_folder(TASK, str(root))) == ("crow", "owl", "wren")
+    assert source.provenance()["rows"] == "train/ and test/"
+    assert source.provenance()["order"] == "shuffled, seed 0"
+
+
+def test_numbered_classes_come_in_the_order_of_their_numbers(tree):
+    root = tree(*[f"train/{number}/a.png" for number in range(12)], "test/0/a.png")
+    assert by_label(open_source("folder", TASK, str(root), {}), "train") == {
+        number: [number] for number in range(12)
+    }
+
+
+def test_a_seeded_split_takes_its_share_of_every_class(tree):
+    root = tree(*[f"{name}/{number}.png" for name in ("crow", "owl") for number in range(10)])
+    source = open_source("folder", TASK, str(root), {"test_fraction": 0.3})
+    test, train = by_label(source, "test"), by_label(source, "train")
+    assert [len(test[label]) for label in (0, 1)] == [3, 3]
+    assert sorted(test[0] + train[0]) == list(range(10))
+    assert sorted(test[1] + train[1]) == list(range(10, 20))
+    again = open_source("folder", TASK, str(root), {"test_fraction": 0.3})
+    np.testing.assert_array_equal(again.labels("train"), source.labels("train"))
+    assert by_label(open_source("folder", TASK, str(root), {"test_fraction": 0.3, "seed": 1}), "test") != test
+
+
+def test_rows_are_mixed_for_consecutive_folds_unless_told_otherwise(tree):
+    root = tree(*[f"train/{name}/{number}.png" for name in "ab" for number in range(20)], "test/a/a.png")
+    mixed = open_source("folder", TASK, str(root), {}).labels("train")
+    assert 0 < mixed[:20].sum() < 20
+    assert open_source("folder", TASK, str(root), {"shuffle": 1}).labels("train").tolist() != mixed.tolist()
+
+
+def test_other_files_are_no_rows_and_other_tasks_no_classes(tree, tmp_path):
+    root = tree("birds/crow/a.PNG", "birds/crow/.hidden.png", "birds/crow/b.png", "fish/train/cod/a.png")
+    (tmp_path / "birds" / "crow" / "notes.txt").write_text("seen at dawn")
+    (tmp_path / "birds" / "list.csv").write_text("a,b")
+    source = open_source("folder", TASK, str(root), {"test_fraction": 0.5})
+    assert len(source.labels("train")) == len(source.labels("test")) == 1
+    absent = Task("snakes", "Snakes", "other", 0)
+    with pytest.raises(SourceUnavailable, match="no folders of classes with images"):
+        open_source("folder", absent, str(root), {})
+
+
+def test_an_empty_split_and_too_many_classes(tree):
+    root = tree("train/crow/a.png", "train/owl/a.png", "train/tit/a.png")
+    two_classes = Task("birds", "Birds", "other", 2)
+    source = open_source("folder", two_classes, str(root), {})
+    assert [row.reason for row in check_rows(source, two_classes, "test")] == ["the split has no images"]
+    (row,) = check_rows(source, two_classes, "train")
+    assert row.path.endswith("train/tit/a.png")
+    assert row.reason == "label 2 is out of range: expected 0 to 1"
+    assert source.labels("train")[row.index] == 2
+
+
+def test_wrong_settings(tree, tmp_path):
+    with pytest.raises(UserError, match="test_fraction: expected a number between 0 and 1, got 1"):
+        open_source("folder", TASK, str(tree("a/a.png")), {"test_fraction": 1})
+    with pytest.raises(UserError, match="option 'test_fraction' of folder images: expected"):
+        open_source("folder", TASK, str(tmp_path), {"test_fraction": "a fifth"})
+    with pytest.raises(SourceUnavailable, match="are not at"):
+        open_source("folder", TASK, str(tmp_path / "nowhere"), {})

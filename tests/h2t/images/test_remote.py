@@ -1,0 +1,146 @@
+"""Images in an object store: a real server that speaks the S3 protocol, on loopback."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+
+import boto3
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from h2t.errors import UserError
+from h2t.images import SourceUnavailable, check_rows, decode, open_source
+from h2t.images.tfds import RECIPES, prepare_task
+from h2t.tasks import find_task
+
+TASK = find_task("eurosat")
+LABELS = [3, 1, 2, 0, 4]
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """Host and port of the server, with a bucket 'images'."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (
+            ("ACCESS_KEY_ID", "a"),
+            ("SECRET_ACCESS_KEY", "b"),
+            ("DEFAULT_REGION", "us-east-1"),
+        ):
+            patch.setenv(f"AWS_{name}", value)
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="images")
+        yield f"{host}:{port}"
+        server.stop()
+
+
+@pytest.fixture
+def put(endpoint):
+    """Stores an object."""
+    client = boto3.client("s3", endpoint_url=f"http://{endpoint}")
+    return lambda key, data: client.put_object(Bucket="images", Key=key, Body=data)
+
+
+def root(endpoint, folder):
+    return f"s3://images/{folder}?endpoint_override={endpoint}&scheme=http"
+
+
+@pytest.fixture
+def stored(put, encode):
+    """Writes the same five images in one of the formats for both splits; returns their pixels."""
+
+    def write(format):
+        pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
+        images = [encode(image) for image in pixels]
+        for split in ("train", "test"):
+            for name, data in _FILES[format](split, images):
+                put(f"{format}/eurosat/{name}", data)
+        return pixels
+
+    return write
+
+
+def _archive(split, images):
+    name = "train800val200" if split == "train" else split
+    paths = [f"images/{name}/{number:06d}.png" for number in range(5)]
+    lines = "\n".join(f"{path} {label}" for path, label in zip(paths, LABELS, strict=True))
+    return [*zip(paths, images, strict=True), (f"{name}.txt", lines.encode())]
+
+
+def _folder(split, images):
+    # In the order of the classes, so that rows can be told apart by their label.
+    return [(f"{split}/class_{label}/a.png", image) for label, image in zip(LABELS, images, strict=True)]
+
+
+def _parquet(split, images):
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": images, "label": LABELS}), buffer, row_group_size=2)
+    return [(f"{split}.parquet", buffer.getvalue())]
+
+
+def _shard(split, images):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for number, (label, image) in enumerate(zip(LABELS, images, strict=True)):
+            for suffix, data in (("png", image), ("cls", str(label).encode())):
+                header = tarfile.TarInfo(f"s{number}.{suffix}")
+                header.size = len(data)
+                archive.addfile(header, io.BytesIO(data))
+    return [(f"{split}/0.tar", buffer.getvalue())]
+
+
+_FILES = {"vtab1k": _archive, "folder": _folder, "parquet": _parquet, "webdataset": _shard}
+
+
+@pytest.mark.parametrize("format", list(_FILES))
+def test_every_format_reads_from_an_object_store(format, stored, endpoint):
+    pixels = stored(format)
+    source = open_source(format, TASK, root(endpoint, format), {})
+    for split in ("train", "test"):
+        labels = source.labels(split).tolist()
+        assert sorted(labels) == [0, 1, 2, 3, 4]
+        assert check_rows(source, TASK, split) == []
+        for label, image in zip(labels, source.read(split, range(5)), strict=True):
+            np.testing.assert_array_equal(decode(image), pixels[LABELS.index(label)])
+    assert source.provenance()["encoding"] == "PNG"
+
+
+def test_missing_objects_are_rows_like_missing_files(stored, put, endpoint):
+    stored("vtab1k")
+    put("vtab1k/eurosat/test.txt", b"images/test/000009.png 1\nimages/test/000000.png 2\n")
+    source = open_source("vtab1k", TASK, root(endpoint, "vtab1k"), {})
+    assert [(row.index, row.reason) for row in check_rows(source, TASK, "test")] == [(0, "missing file")]
+    missing, there = source.read("test", [0, 1])
+    assert missing.data == b""
+    assert decode(there).shape == (4, 6, 3)
+
+
+def test_roots_that_are_not_there(endpoint):
+    with pytest.raises(SourceUnavailable, match="are not at"):
+        open_source("parquet", TASK, root(endpoint, "nowhere"), {})
+    with pytest.raises(UserError, match="cannot open the image root 'ftp://"):
+        open_source("parquet", TASK, "ftp://somewhere/else", {})
+
+
+def test_prepared_to_an_object_store(endpoint, encode, monkeypatch):
+    image = encode(np.full((2, 2, 3), 7, dtype=np.uint8))
+    records = {"train": [{"image": image, "label": number % 10} for number in range(27_000)]}
+    monkeypatch.setitem(RECIPES, "eurosat", _smaller(RECIPES["eurosat"]))
+    destination = root(endpoint, "prepared")
+    assert prepare_task(TASK, "", destination, records=records) == {
+        "train": 1000,
+        "test": 40,
+        "first1000": 1000,
+    }
+    source = open_source("parquet", TASK, destination, {})
+    assert source.labels("test").tolist() == [number % 10 for number in range(21_600, 21_640)]
+    assert decode(source.read("train", [999])[0]).max() == 7
+
+
+def _smaller(recipe):
+    return replace(recipe, test="train[21600:21640]")
