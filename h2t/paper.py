@@ -1,0 +1,90 @@
+"""The paper's printed tables, for a comparison side by side.
+
+Tasks go by the titles of the paper's columns, backbones and methods by this package's names. Accuracies are
+in percent with one decimal, as printed.
+"""
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+from h2t import metrics
+
+BACKBONES = {"resnet50": "ResNet-50", "vitb16": "ViT-B/16"}
+
+
+class Hyperparameters(NamedTuple):
+    """A row of Table 2: what the paper's cross-validation chose for Head2Toe."""
+
+    target_size: int
+    keep_fraction: float
+    learning_rate: float
+    steps: int
+    coefficient: float
+
+
+class RelativeCost(NamedTuple):
+    """A row of Table 3 (ResNet-50): Head2Toe's costs as a share of another method's."""
+
+    keep_fraction: float
+    n_features: int
+    n_classes: int
+    flops_vs_finetuning: float
+    size_vs_finetuning: float
+    size_vs_linear: float
+
+
+@cache
+def published() -> dict[str, Any]:
+    """All the figures, as stored in ``published_tables.json``; not to be changed by the caller."""
+    return json.loads(files("h2t").joinpath("published_tables.json").read_text(encoding="utf-8"))
+
+
+def task_titles() -> tuple[str, ...]:
+    """The 19 columns of Table 1, in its order."""
+    return tuple(published()["tasks"])
+
+
+def accuracies(backbone: str, method: str) -> dict[str, float]:
+    """A row of Table 1: task title -> median test accuracy over 3 seeds in percent; empty if unpublished."""
+    return _row("table1", backbone, method)
+
+
+def deviations(backbone: str, method: str) -> dict[str, float]:
+    """A row of Table 4: task title -> standard deviation over 3 seeds, in percent; empty if not published."""
+    return _row("table4", backbone, method)
+
+
+def hyperparameters(backbone: str) -> dict[str, Hyperparameters]:
+    """Table 2: task title -> what was chosen for Head2Toe; empty if not published for ``backbone``."""
+    rows = published()["table2"].get(backbone, [])
+    return {title: Hyperparameters(*row) for title, row in zip(task_titles(), rows, strict=False)}
+
+
+def relative_costs() -> dict[str, RelativeCost]:
+    """Table 3: task title -> costs of Head2Toe with ResNet-50 at 240 pixels."""
+    return {
+        title: RelativeCost(*row) for title, row in zip(task_titles(), published()["table3"], strict=True)
+    }
+
+
+def domain_affinity(backbone: str) -> dict[str, float]:
+    """Task title -> linear minus scratch of Table 1, in points of percent, lowest first.
+
+    Spearman's correlation between the two backbones is 0.868 on these rounded figures; Appendix F has 0.907.
+    """
+    return metrics.domain_affinity(accuracies(backbone, "linear"), accuracies(backbone, "scratch"))
+
+
+def corrected(percent: float, n_test: int) -> float:
+    """The exact accuracy behind a printed one of ``n_test`` images, in percent.
+
+    The authors' evaluation counts a short last batch of 50 as full; this undoes it.
+    """
+    return percent * metrics.padded_size(n_test) / n_test
+
+
+def _row(table: str, backbone: str, method: str) -> dict[str, float]:
+    row = published()[table].get(backbone, {}).get(method)
+    return dict(zip(task_titles(), row["values"], strict=True)) if row else {}

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from h2t.adapter import Adapter
+from h2t.backbones import load_backbone
+from h2t.errors import UserError
+from h2t.estimator import Head2ToeClassifier
+from h2t.features import FeatureLayout
+from h2t.methods import Settings, fit, predict
+
+LAYOUT = FeatureLayout(("upper", "lower"), (32, 32))
+
+
+@parametrize_with_checks([Head2ToeClassifier(keep_fraction=1.0, learning_rate=0.1, steps=100)])
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    X, y = load_digits(return_X_y=True)
+    return X[:600].astype(np.float32), y[:600]
+
+
+def test_cross_validation_on_digits(digits):
+    classifier = Head2ToeClassifier(layout=LAYOUT, keep_fraction=0.8, learning_rate=0.1, steps=200)
+    assert cross_val_score(classifier, *digits, cv=3).mean() > 0.8
+
+
+def test_grid_search_over_the_fraction_of_features(digits):
+    search = GridSearchCV(
+        Head2ToeClassifier(learning_rate=0.1, steps=100), {"keep_fraction": [0.05, 0.8]}, cv=2
+    )
+    search.fit(*digits)
+    assert search.best_params_ == {"keep_fraction": 0.8}
+    assert len(search.best_estimator_.head_.kept) == 51
+
+
+def test_it_is_the_method_and_nothing_else(digits):
+    X, y = digits
+    names = np.array([f"digit {number}" for number in range(10)])
+    classifier = Head2ToeClassifier("all_l1", layout=LAYOUT, learning_rate=0.1, steps=50, random_state=3)
+    classifier.fit(X, names[y])
+    random = np.random.RandomState(3)
+    order, seed = random.permutation(len(y)), random.randint(2**31 - 1)
+    settings = [Settings("all_l1", 512, 0.1, 50, 1e-5, 0.1)]
+    head = next(fit(X[order], y[order], LAYOUT, settings, n_classes=10, embedding="upper", seeds=[seed]))
+    np.testing.assert_array_equal(classifier.head_.weight, head.weight)
+    np.testing.assert_array_equal(classifier.predict(X), names[predict(head, X).argmax(1)])
+
+
+def test_linear_reads_the_embedding_alone(digits):
+    classifier = Head2ToeClassifier("linear", layout=LAYOUT, steps=10).fit(*digits)
+    np.testing.assert_array_equal(classifier.head_.kept, np.arange(32, 64))
+    classifier.set_params(embedding="upper").fit(*digits)
+    np.testing.assert_array_equal(classifier.head_.kept, np.arange(32))
+
+
+def test_parameters_survive_cloning():
+    classifier = clone(Head2ToeClassifier("all_l2", layout=LAYOUT, steps=7)).set_params(keep_fraction=0.5)
+    found = classifier.get_params()
+    assert (found["method"], found["steps"], found["keep_fraction"], found["layout"]) == (
+        "all_l2",
+        7,
+        0.5,
+        LAYOUT,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "head2tow"}, "head2toe"),
+        ({"method": "finetune"}, "trains the backbone"),
+        ({"layout": FeatureLayout(("a",), (5,))}, "5 features, got 64"),
+        ({"keep_fraction": 0.001}, "keeps none"),
+        (
+            {"method": "linear", "layout": LAYOUT, "embedding": "louwer"},
+            "unknown tap 'louwer': did you mean lower",
+        ),
+    ],
+)
+def test_wrong_settings_are_the_users(digits, settings, message):
+    with pytest.raises(UserError, match=message):
+        Head2ToeClassifier(**settings).fit(*digits)
+
+
+def test_images_through_a_backbone():
+    random = np.random.default_rng(0)
+    y = np.arange(24) % 2
+    images = np.array([[200, 40, 40], [40, 40, 200]])[y][:, None, None] + random.integers(
+        -30, 30, (24, 48, 48, 3)
+    )
+    images = images.astype(np.uint8)
+    backbone = load_backbone("test_resnet", weights="random", image_size=48)
+    classifier = Head2ToeClassifier(backbone=backbone, target_size=32, learning_rate=0.1, steps=20)
+    assert cross_val_score(classifier, images, y, cv=3).mean() > 0.8
+    classifier.fit(list(images), y)
+    adapter = Adapter(backbone, classifier.head_)
+    np.testing.assert_array_equal(adapter.predict(list(images)).labels, classifier.predict(list(images)))
