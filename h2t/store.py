@@ -1,0 +1,187 @@
+"""The run directory: where every file lies, how it is written whole, and what is missing.
+
+Every file name carries the fingerprint of what produced it, so a file is either exactly what the
+present configuration asks for or it is missing. Files of another configuration are set aside under
+``superseded/`` with their relative path, and come back from there when they are asked for again.
+"""
+
+import io
+import json
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from h2t.errors import UserError
+
+TEMPORARY = ".tmp-"  # readers of Parquet data sets skip names that start with a dot
+SUPERSEDED = "superseded"
+
+
+def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """A file system and a path in it, from a local path or any URI that ``pyarrow.fs`` opens."""
+    try:
+        if "://" not in uri:
+            return fs.LocalFileSystem(), fs.FileSystem.from_uri(_absolute(uri))[1]
+        return fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"can't open '{uri}': expected a local path or a URI such as s3:// or gs:// ({error})"
+        ) from None
+
+
+def _absolute(path: str) -> str:
+    from pathlib import Path
+
+    return str(Path(path).expanduser().absolute())
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run directory at a local path or URI; cheap to send to workers."""
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        if "://" not in self.uri:
+            object.__setattr__(self, "uri", _absolute(self.uri))
+        open_filesystem(self.uri)
+
+    def _locate(self, name: str) -> tuple[fs.FileSystem, str]:
+        filesystem, root = open_filesystem(self.uri)
+        return filesystem, f"{root.rstrip('/')}/{name}" if name else root
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file that appears whole or not at all."""
+        with self.writing(name) as sink:
+            sink.write(data)
+
+    def writing(self, name: str) -> "_AtomicFile":
+        """A context with a binary sink; the file appears under its name when the context ends well."""
+        return _AtomicFile(*self._locate(name))
+
+    def write_table(self, name: str, table: pa.Table, **options: Any) -> None:
+        """Write a table as one Parquet file, whole or not at all."""
+        with self.writing(name) as sink:
+            pq.write_table(table, sink, **options)
+
+    def write_frame(self, name: str, frame: pd.DataFrame) -> None:
+        """Write a data frame as one Parquet file, whole or not at all."""
+        self.write_table(name, pa.Table.from_pandas(frame, preserve_index=False), compression="zstd")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write plain values as JSON, whole or not at all."""
+        self.write(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+    def read(self, name: str) -> bytes:
+        """The content of a file."""
+        filesystem, path = self._locate(name)
+        with filesystem.open_input_file(path) as source:
+            return bytes(source.read())
+
+    def read_json(self, name: str) -> Any:
+        """The plain values of a JSON file."""
+        return json.loads(self.read(name))
+
+    def read_table(self, names: Iterable[str], columns: list[str] | None = None) -> pa.Table:
+        """Parquet files of one schema as one table, in the order of ``names``."""
+        filesystem, _ = open_filesystem(self.uri)
+        paths = [self._locate(name)[1] for name in names]
+        tables = [
+            pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None) for path in paths
+        ]
+        return pa.concat_tables(tables, promote_options="default")
+
+    def read_frame(self, names: Iterable[str]) -> pd.DataFrame:
+        """Parquet files as one data frame, in the order of ``names``; empty without any."""
+        frames = [self.read_table([name]).to_pandas() for name in names]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+    def exists(self, name: str) -> bool:
+        """Whether a file of that name is there."""
+        filesystem, path = self._locate(name)
+        return filesystem.get_file_info(path).type == fs.FileType.File
+
+    def require(self, names: Iterable[str], stage: str) -> None:
+        """Raise UserError that names the stage to run first, unless every file is there."""
+        for name in names:
+            if not self.exists(name):
+                raise UserError(f"{name} is missing in {self.uri}: run the {stage} stage first")
+
+    def names(self, folder: str, recursive: bool = False) -> list[str]:
+        """Names of the files in a folder, relative to the run directory, sorted."""
+        filesystem, path = self._locate(folder)
+        selector = fs.FileSelector(path, allow_not_found=True, recursive=recursive)
+        files = [info.path for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File]
+        return sorted(f"{folder}/{file[len(path) :].lstrip('/')}" for file in files)
+
+    def reconcile(self, folder: str, expected: Iterable[str]) -> tuple[list[str], int]:
+        """Make a folder hold nothing but expected files; the expected ones that are missing.
+
+        Files of another configuration move to ``superseded/``, expected ones come back from there,
+        and temporary files of a killed writer are deleted. ``expected`` are names relative to the
+        run directory. Returns the missing names, in order, and how many files were set aside.
+        """
+        expected = list(expected)
+        wanted = set(expected)
+        stale = 0
+        for name in self.names(folder):
+            base = name.rpartition("/")[2]
+            if base.startswith(TEMPORARY):
+                self.delete(name)
+            elif name not in wanted and not base.startswith("_"):
+                self._move(name, f"{SUPERSEDED}/{name}")
+                stale += 1
+        present = set(self.names(folder))
+        aside = set(self.names(f"{SUPERSEDED}/{folder}"))
+        for name in wanted - present:
+            if f"{SUPERSEDED}/{name}" in aside:
+                self._move(f"{SUPERSEDED}/{name}", name)
+                present.add(name)
+        return [name for name in expected if name not in present], stale
+
+    def _move(self, name: str, to: str) -> None:
+        filesystem, source = self._locate(name)
+        _, target = self._locate(to)
+        filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        filesystem.move(source, target)
+
+    def delete(self, name: str) -> None:
+        """Delete a file."""
+        filesystem, path = self._locate(name)
+        filesystem.delete_file(path)
+
+
+class _AtomicFile:
+    """Local files get a temporary name and are renamed; object stores show a file only when it is whole."""
+
+    def __init__(self, filesystem: fs.FileSystem, path: str) -> None:
+        self.filesystem, self.path = filesystem, path
+        folder, _, base = path.rpartition("/")
+        self.local = isinstance(filesystem, fs.LocalFileSystem)
+        self.target = f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:8]}-{base}" if self.local else path
+        if self.local:
+            filesystem.create_dir(folder, recursive=True)
+        self.buffer = io.BytesIO()
+
+    def __enter__(self) -> Any:
+        self.sink = self.filesystem.open_output_stream(self.target) if self.local else self.buffer
+        return self.sink
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if not self.local:
+            if kind is None:
+                with self.filesystem.open_output_stream(self.path) as stream:
+                    stream.write(self.buffer.getbuffer())
+            return
+        self.sink.close()
+        if kind is None:
+            self.filesystem.move(self.target, self.path)
+        else:
+            self.filesystem.delete_file(self.target)
