@@ -1,0 +1,5 @@
+"""``python -m pipelines`` is ``h2t``."""
+
+from pipelines.cli import main
+
+main()

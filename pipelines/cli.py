@@ -1,0 +1,165 @@
+"""The command line: ``h2t demo``, ``h2t run RECIPE``, each stage alone, and what can be asked beforehand."""
+
+import sys
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from h2t.config import Config, load_config
+from h2t.errors import UserError, unknown
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Adapt a frozen vision backbone to small data sets with Head2Toe, and compare the ways of doing it.",
+)
+console = Console()
+
+Recipe = Annotated[str, typer.Argument(help="A recipe: a YAML file, or the name of one that ships.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. grid.steps=[100].")]
+RunDir = Annotated[str | None, typer.Option("--run-dir", help="A path or URI; default runs/<name>.")]
+Address = Annotated[str | None, typer.Option(help="A Ray cluster, e.g. auto; default: this machine.")]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Names and paths of the recipes that ship with the package."""
+    folder = Path(str(files("pipelines") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_recipe(recipe: str, overrides: Sequence[str] | None) -> Config:
+    """The configuration of a recipe given as a file or by the name of one that ships."""
+    recipes = shipped_recipes()
+    if not Path(recipe).exists() and not recipe.endswith((".yaml", ".yml")):
+        if recipe not in recipes:
+            raise unknown("recipe", recipe, recipes)
+        return load_config(recipes[recipe], overrides or ())
+    return load_config(recipe, overrides or ())
+
+
+def _run(config: Config, run_dir: str | None, stages: list[str], address: str | None) -> None:
+    from pipelines.run import run_stages  # Ray and torch take seconds to import; help and errors need neither
+
+    started = time.monotonic()
+    uri = run_dir or f"runs/{config.name}"
+    seconds = run_stages(config, uri, stages, console, address)
+    total = time.monotonic() - started
+    parts = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
+    console.print(f"{total:.0f} s in all ({parts}); everything is in {uri}")
+
+
+@app.command()
+def demo(
+    run_dir: RunDir = None,
+    set_: Set = None,
+    address: Address = None,
+) -> None:
+    """Run the whole pipeline on four small tasks, offline, with real ImageNet weights."""
+    from pipelines.demo import available_tasks
+
+    config = available_tasks(read_recipe("demo", set_), console)
+    _run(config, run_dir, ["extract", "sweep", "evaluate", "report"], address)
+
+
+@app.command()
+def run(recipe: Recipe, run_dir: RunDir = None, set_: Set = None, address: Address = None) -> None:
+    """Run every stage of a recipe; what is already there is not done again."""
+    _run(read_recipe(recipe, set_), run_dir, ["extract", "sweep", "evaluate", "report"], address)
+
+
+def _stage(name: str, text: str) -> None:
+    def command(recipe: Recipe, run_dir: RunDir = None, set_: Set = None, address: Address = None) -> None:
+        _run(read_recipe(recipe, set_), run_dir, [name], address)
+
+    app.command(name, help=text)(command)
+
+
+_stage("extract", "Only the features of the training images.")
+_stage("sweep", "Only the cross-validation (needs the features).")
+_stage("evaluate", "Only the final heads and test predictions (needs the sweep).")
+_stage("report", "Only the tables and figures (needs the results).")
+
+
+@app.command()
+def tasks(
+    check: Annotated[str | None, typer.Option(help="A folder of images to check for each task.")] = None,
+    format: Annotated[str, typer.Option(help="How that folder is laid out.")] = "vtab1k",
+) -> None:
+    """List the tasks, or check which of them a folder of images holds."""
+    from h2t.images import check_root
+    from h2t.tasks import DEMO, VTAB_1K
+
+    if check is not None:
+        table = Table("task", "status", "found", "expected", "how to get it")
+        for row in check_root(check, format):
+            table.add_row(*(str(value) for value in row.__dict__.values()))
+    else:
+        table = Table("task", "title", "group", "classes", "train", "test", "images")
+        for tasks, origin in ((DEMO, "demo"), (VTAB_1K, "VTAB-1k")):
+            for task in tasks:
+                counts = [str(n) for n in (task.n_classes, task.n_train, task.n_test)]
+                table.add_row(task.name, task.title, task.group, *counts, origin)
+    console.print(table)
+
+
+@app.command()
+def prepare(
+    task: Annotated[list[str], typer.Argument(help="Tasks of VTAB-1k, or all.")],
+    destination: Annotated[str, typer.Option(help="A path or URI to write the Parquet files under.")],
+    data_dir: Annotated[str, typer.Option(help="Where TensorFlow Datasets keeps its data.")],
+    source: Annotated[str, typer.Option("--from", help="Only tfds as yet.")] = "tfds",
+) -> None:
+    """Write VTAB-1k's exact images and labels once, lossless, as Parquet."""
+    from h2t.images.tfds import prepare_task
+    from h2t.tasks import VTAB_1K, find_task
+
+    if source != "tfds":
+        raise unknown("origin", source, ["tfds"])
+    for name in [known.name for known in VTAB_1K] if task == ["all"] else task:
+        written = prepare_task(find_task(name), data_dir, destination)
+        console.print(f"{name}: {written}")
+
+
+@app.command()
+def taps(
+    backbone: str,
+    target_size: Annotated[list[int] | None, typer.Option(help="May be given several times.")] = None,
+    image_size: int | None = None,
+    weights: str = "random",
+    variant: Annotated[str, typer.Option("--taps", help="auto, or a variant of a preset.")] = "auto",
+) -> None:
+    """List a backbone's taps, their shapes, and the features of each at every target size."""
+    from h2t.backbones import load_backbone
+    from h2t.taps import describe
+
+    sizes = target_size or [512]
+    loaded = load_backbone(backbone, weights=weights, image_size=image_size, taps=variant)
+    table = Table("tap", "module", "shape", *(f"T = {size}" for size in sizes))
+    totals = dict.fromkeys(sizes, 0)
+    for row in describe(loaded, sizes):
+        widths = [row.features[size] for size in sizes]
+        table.add_row(row.tap, row.module, " × ".join(map(str, row.shape)), *map(str, widths))
+        totals = {size: totals[size] + row.features[size] for size in sizes}
+    table.add_section()
+    table.add_row(f"{len(loaded.taps)} taps", "", "N =", *(f"{total:,}" for total in totals.values()))
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The Ray cluster: connecting to one, or starting one on this machine, and what it can hold at once."""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import ray
+
+from h2t.config import Resources
+from h2t.errors import UserError
+
+OBJECT_STORE_BYTES = 1 << 30
+SPARE_CPUS = 2  # logical CPUs for reading and decoding: actors that hold every CPU would starve those
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Logical resources of the cluster; ``local`` when it was started here, on ``cores`` real cores."""
+
+    cpus: int
+    gpus: int
+    nodes: int
+    local: bool
+    cores: int
+
+
+def connect(address: str | None = None, cores: int | None = None) -> Cluster:
+    """Connect to the cluster at ``address`` (or ``RAY_ADDRESS``), or start one on this machine.
+
+    Raises UserError when there is no cluster at the address.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    cores = cores or available_cores()
+    if not ray.is_initialized():
+        _start(address, cores)
+    total = ray.cluster_resources()
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return Cluster(int(total.get("CPU", 0)), int(total.get("GPU", 0)), nodes, address is None, cores)
+
+
+def _start(address: str | None, cores: int) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints a banner even when told to be silent
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        ray.init(
+            num_cpus=cores + SPARE_CPUS,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,
+        )
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"no Ray cluster answers at '{address}' ({str(error).splitlines()[0]}); start one with "
+            "`ray start --head` or `ray up cluster.yaml`, or leave --address out to run on this machine"
+        ) from None
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def backbone_actors(cluster: Cluster, resources: Resources) -> tuple[int, float]:
+    """How many backbone actors to start, and the GPUs of each.
+
+    Raises UserError when the cluster can't hold them beside one task that reads images.
+    """
+    gpus = resources.gpus_per_actor
+    if gpus is None:
+        gpus = 1.0 if cluster.gpus else 0.0
+    if gpus:
+        count = resources.actors or max(1, int(cluster.gpus / gpus))
+        if count * gpus > cluster.gpus:
+            raise UserError(f"resources: {count} actors of {gpus:g} GPUs need {count * gpus:g} GPUs, "
+                            f"the cluster has {cluster.gpus}")  # fmt: skip
+        return count, gpus
+    spare = SPARE_CPUS if cluster.local else max(1, cluster.nodes)
+    count = resources.actors or max(1, (cluster.cpus - spare) // resources.cpus_per_actor)
+    if count * resources.cpus_per_actor >= cluster.cpus:
+        raise UserError(
+            f"resources: {count} actors of {resources.cpus_per_actor} CPUs leave none of the cluster's "
+            f"{cluster.cpus} CPUs for reading images; expected actors × cpus_per_actor to be at most "
+            f"{cluster.cpus - 1}, so lower one of them or add CPUs"
+        )
+    return count, 0.0
+
+
+def trial_resources(cluster: Cluster, resources: Resources) -> dict[str, float]:
+    """CPUs and GPUs of one trial.
+
+    Raises UserError when no trial fits the cluster.
+    """
+    gpus = resources.gpus_per_trial
+    if gpus is None:
+        gpus = 1.0 if cluster.gpus else 0.0
+    if resources.cpus_per_trial > cluster.cpus or gpus > cluster.gpus:
+        raise UserError(
+            f"resources: a trial of {resources.cpus_per_trial} CPUs and {gpus:g} GPUs does not fit the "
+            f"cluster's {cluster.cpus} CPUs and {cluster.gpus} GPUs"
+        )
+    return {"cpu": resources.cpus_per_trial, "gpu": gpus}
+
+
+def concurrent_trials(cluster: Cluster, resources: Resources) -> int | None:
+    """How many trials may run at once; None when the cluster's resources alone decide."""
+    if resources.concurrent_trials or not cluster.local:
+        return resources.concurrent_trials
+    return max(1, cluster.cores // resources.cpus_per_trial)

@@ -1,0 +1,25 @@
+"""The demo's tasks that can run here: those whose data package is installed."""
+
+from rich.console import Console
+
+from h2t.config import Config
+from h2t.errors import UserError
+from h2t.images import SourceUnavailable
+from h2t.work import open_task
+
+
+def available_tasks(config: Config, console: Console) -> Config:
+    """The recipe without the tasks whose images are not installed; says which, and names licences."""
+    available = []
+    for task in config.tasks:
+        try:
+            work = open_task(config, task.name)
+        except SourceUnavailable as error:
+            console.print(f"without {task.name}: {error}")
+            continue
+        available.append(task)
+        if work.task.licence:
+            console.print(f"{task.name}: images under {work.task.licence}")
+    if not available:
+        raise UserError("no demo task is available; install with pip install 'head2toe-ray[demo]'")
+    return config.model_copy(update={"tasks": available})

@@ -1,0 +1,63 @@
+"""Progress on anything that lasts: a bar on a terminal, plain lines with counts and rates elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_EVERY_S = 10.0
+
+
+class StageProgress:
+    """Counts the units of one stage; a context manager that ends with one line of what was done."""
+
+    def __init__(self, console: Console, stage: str, total: int, unit: str) -> None:
+        self.console, self.stage, self.total, self.unit = console, stage, total, unit
+        self.done, self.started, self.printed = 0, time.monotonic(), time.monotonic()
+        self.bar = Progress(
+            TextColumn(f"{stage:<9}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+
+    def __enter__(self) -> "StageProgress":
+        self.bar.start()
+        self.task = self.bar.add_task(self.stage, total=self.total, rate="", note="")
+        return self
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Count ``count`` more units; ``note`` says where they were."""
+        self.done += count
+        self.bar.update(self.task, advance=count, rate=self._rate(), note=note)
+        if not self.console.is_terminal and time.monotonic() - self.printed > LINE_EVERY_S:
+            self.printed = time.monotonic()
+            self.console.print(f"{self.stage}: {note}  {self.done}/{self.total} {self.unit}  {self._rate()}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+        if kind is None:
+            seconds = time.monotonic() - self.started
+            self.console.print(f"{self.stage:<9} {self.done} {self.unit} in {seconds:.0f} s ({self._rate()})")
+
+    def _rate(self) -> str:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        rate = self.done / seconds
+        short = {"images": "img"}.get(self.unit, self.unit)
+        return f"{rate:.0f} {short}/s" if rate >= 10 else f"{rate:.2g} {short}/s"

@@ -1,0 +1,138 @@
+"""One Ray Data pipeline: shards of images, decoded on CPU workers, into a fixed pool of actors.
+
+What travels: encoded bytes until the decoding task, uint8 pixels from there to the actor, one small
+manifest row back. What an actor computes it writes itself, so nothing large passes the object store.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
+
+from h2t.config import Config
+from h2t.errors import UserError
+from h2t.images import BadImage, BadRow, Preprocessing, prepare
+from h2t.work import Shard, TaskWork
+from pipelines.cluster import Cluster, backbone_actors
+
+BAD_ROW = pa.struct(
+    [
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("index", pa.int32()),
+        ("path", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+def stream_shards(
+    shards: Sequence[Shard],
+    works: Sequence[TaskWork],
+    preprocessing: Preprocessing,
+    actor: Callable[..., Any],
+    arguments: dict[str, Any],
+    config: Config,
+    cluster: Cluster,
+) -> Iterator[dict[str, Any]]:
+    """Yield the manifest row of each shard as it is done, in any order.
+
+    ``actor`` is a class made with ``arguments``; its instances map one decoded shard (a table of one row,
+    see :func:`decode_shard`) to a table of one manifest row. Raises UserError when nothing moves.
+    """
+    count, gpus = backbone_actors(cluster, config.resources)
+    count = min(count, len(shards))
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = config.resources.no_progress_timeout_s
+    rows = [{"shard": number} for number in range(len(shards))]
+    decoding = {
+        "shards": list(shards),
+        "works": {w.task.name: w for w in works},
+        "preprocessing": preprocessing,
+    }
+    pipeline = (
+        ray.data.from_items(rows, override_num_blocks=len(rows))
+        .map_batches(decode_shard, batch_size=1, batch_format="pyarrow", fn_kwargs=decoding, num_cpus=1)
+        .map_batches(
+            actor,
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_constructor_kwargs={"shards": list(shards), **arguments},
+            compute=ActorPoolStrategy(size=count),
+            num_gpus=gpus or None,
+            num_cpus=None if gpus else config.resources.cpus_per_actor,
+        )
+    )
+    yield from _clear_errors(pipeline.iter_rows(), config)
+
+
+def _clear_errors(rows: Iterable[dict[str, Any]], config: Config) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except ray.data.exceptions.ExecutionTimeoutError:
+        seconds = config.resources.no_progress_timeout_s
+        raise UserError(
+            f"no shard moved for {seconds:.0f} s: the cluster is too small or busy, or one shard of "
+            f"{config.resources.shard_size} images takes longer than that; lower resources.shard_size or "
+            "resources.actors, or raise resources.no_progress_timeout_s"
+        ) from None
+    except RayError as error:
+        raise user_cause(error) from error
+
+
+def user_cause(error: BaseException) -> BaseException:
+    """The user's mistake inside a Ray error, where there is one; else the error itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return UserError(str(getattr(cause, "cause", cause)))
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return error
+
+
+def decode_shard(
+    batch: pa.Table, shards: list[Shard], works: dict[str, TaskWork], preprocessing: Preprocessing
+) -> pa.Table:
+    """Read and decode one shard: pixels uint8 back to back, the height and width of each image, bad rows."""
+    number = batch["shard"][0].as_py()
+    shard = shards[number]
+    work = works[shard.task]
+    bad = [row for row in work.bad_rows if row.split == shard.split and row.index in shard.indices]
+    usable = sorted(set(shard.indices) - {row.index for row in bad})
+    pixels, kept = [], []
+    for index, image in zip(usable, work.read(shard.split, usable), strict=True):
+        try:
+            pixels.append(np.ascontiguousarray(prepare(image, preprocessing)))
+            kept.append(index)
+        except BadImage as error:
+            bad.append(BadRow(shard.task, shard.split, index, error.path, error.reason))
+    flat = np.concatenate([image.reshape(-1) for image in pixels]) if pixels else np.empty(0, np.uint8)
+    return pa.table(
+        {
+            "shard": [number],
+            "pixels": pa.array([flat.data], pa.large_binary()),
+            "index": pa.array([kept], pa.list_(pa.int32())),
+            "height": pa.array([[image.shape[0] for image in pixels]], pa.list_(pa.int32())),
+            "width": pa.array([[image.shape[1] for image in pixels]], pa.list_(pa.int32())),
+            "bad": pa.array([[asdict(row) for row in bad]], pa.list_(BAD_ROW)),
+        }
+    )
+
+
+def decoded_images(batch: pa.Table) -> tuple[list[np.ndarray], np.ndarray]:
+    """The images of a decoded shard, uint8 [height, width, 3] (read-only views), and their indices int32."""
+    data = np.frombuffer(batch["pixels"][0].as_buffer(), np.uint8)
+    heights, widths = batch["height"][0].as_py(), batch["width"][0].as_py()
+    ends = np.cumsum([h * w * 3 for h, w in zip(heights, widths, strict=True)], dtype=np.int64)
+    images = [
+        data[end - h * w * 3 : end].reshape(h, w, 3)
+        for end, h, w in zip(ends.tolist(), heights, widths, strict=True)
+    ]
+    return images, np.asarray(batch["index"][0].as_py(), np.int32)

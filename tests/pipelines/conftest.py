@@ -1,0 +1,89 @@
+"""One real Ray for the whole session, and small image tasks on disk."""
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from rich.console import Console
+
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+from h2t.config import Config, parse_config
+from pipelines.cluster import Cluster, connect
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    import ray
+
+    yield connect(cores=2)
+    ray.shutdown()
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=120)
+
+
+def output(console: Console) -> str:
+    """What a console that writes to memory has shown."""
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_task(root: Path, name: str, n_train: int = 20, n_test: int = 12, seed: int = 0) -> None:
+    """A task of two classes told apart by their brightness, as Parquet with image bytes."""
+    generator = np.random.default_rng(seed)
+    for split, count in (("train", n_train), ("test", n_test)):
+        labels = np.arange(count) % 2
+        images = [
+            png(generator.integers(0, 120, (20, 24, 3), np.uint8) + np.uint8(100 * label)) for label in labels
+        ]
+        folder = root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image_bytes": images, "label": labels}), folder / f"{split}.parquet")
+
+
+def small_config(root: Path, tasks: tuple[str, ...] = ("first", "second"), **settings: Any) -> Config:
+    """A recipe on tasks written by :func:`write_task`, with a tiny backbone with random weights."""
+    listed = [
+        {
+            "name": task,
+            "n_classes": 2,
+            "group": group,
+            "images": {"format": "parquet", "root": str(root / task)},
+        }
+        for task, group in zip(tasks, ("natural", "structured"), strict=False)
+    ]
+    data = {
+        "name": "small",
+        "backbone": {"name": "test_efficientnet", "weights": "random", "image_size": 32},
+        "tasks": listed,
+        "grid": {
+            "target_size": [16, 64],
+            "learning_rate": [0.1],
+            "steps": [5, 10],
+            "coefficient": [1e-5],
+            "head2toe_coefficient": [1e-5],
+            "keep_fraction": [0.05, 0.2],
+        },
+        "cross_validation": {"n_folds": 2},
+        "seeds": [0, 1],
+        "resources": {"shard_size": 8, "batch_size": 4},
+    }
+    for key, value in settings.items():
+        data[key] = {**data[key], **value} if isinstance(data.get(key), dict) else value  # type: ignore[dict-item]
+    return parse_config(data, "test")

@@ -1,0 +1,24 @@
+"""The cluster file for Ray's launcher, checked with Ray's own validation."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+CLUSTER = Path(__file__).parents[2] / "cluster.yaml"
+
+
+def test_ray_accepts_the_cluster_file() -> None:
+    config = yaml.safe_load(CLUSTER.read_text())
+    validate_config(prepare_config(config))
+    worker = config["available_node_types"]["gpu_worker"]
+    assert worker["min_workers"] == 0
+    assert worker["resources"]["GPU"] >= 1
+    assert "GPU" not in config["available_node_types"][config["head_node_type"]]["resources"]
+
+
+def test_the_validation_is_a_real_one() -> None:
+    config = yaml.safe_load(CLUSTER.read_text())
+    with pytest.raises(Exception, match="unknown_key"):
+        validate_config(prepare_config({**config, "unknown_key": 1}))

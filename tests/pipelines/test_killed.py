@@ -1,0 +1,61 @@
+"""A run killed at any moment and run again does what is missing and ends as an undisturbed one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from rich.console import Console
+
+from h2t.config import Config
+from h2t.store import RunDirectory
+from pipelines.cluster import Cluster
+from pipelines.run import STAGES, run_stages
+from tests.pipelines.conftest import small_config, write_task
+from tests.pipelines.test_pipeline import digests, result_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(config: Config, folder: Path) -> subprocess.Popen[bytes]:
+    """The command line in a process group of its own, with a Ray of its own."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "pipelines", "run", str(recipe), "--run-dir", str(folder / "run")]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def wait_for(run: RunDirectory, stage: str, process: subprocess.Popen[bytes]) -> None:
+    while not [
+        name for name in run.names(stage, recursive=True) if name.endswith(("parquet", "safetensors"))
+    ]:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+
+
+@pytest.mark.timeout(300)
+def test_killed_in_every_stage_and_run_again(tmp_path: Path, cluster: Cluster) -> None:
+    write_task(tmp_path, "first", n_train=40)
+    config = small_config(tmp_path, ("first",))
+    undisturbed, killed = RunDirectory(str(tmp_path / "undisturbed")), RunDirectory(str(tmp_path / "run"))
+    run_stages(config, undisturbed.uri, list(STAGES), Console(quiet=True))
+    for stage in ("features", "trials"):
+        process = start(config, tmp_path)
+        wait_for(killed, stage, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    (tmp_path / "run" / "trials" / ".tmp-left-behind").write_bytes(b"half a file")
+    before = {
+        name: Path(killed.uri, name).stat().st_mtime_ns for name in killed.names("features", recursive=True)
+    }
+    run_stages(config, killed.uri, list(STAGES), Console(quiet=True))
+    after = {name: Path(killed.uri, name).stat().st_mtime_ns for name in before}
+    assert {name for name in before if before[name] != after[name] and name.endswith("parquet")} == set()
+    (tmp_path / "run" / "trials" / ".tmp-left-behind").unlink()
+    assert digests(killed) == digests(undisturbed)
+    pd.testing.assert_frame_equal(result_rows(killed), result_rows(undisturbed))

@@ -1,0 +1,193 @@
+"""The whole pipeline on a real Ray: equal results however it is run, and only what is missing is done."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.dataset
+import pytest
+from rich.console import Console
+
+from h2t.config import Config
+from h2t.errors import UserError
+from h2t.store import RunDirectory
+from h2t.work import open_tasks
+from pipelines.cluster import Cluster, backbone_actors, trial_resources
+from pipelines.run import STAGES, run_stages
+from tests.pipelines.conftest import output, small_config, write_task
+
+pytestmark = pytest.mark.usefixtures("cluster")
+MEASURED = ["train_seconds", "peak_memory_bytes"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    write_task(root, "first")
+    write_task(root, "second", n_train=30, n_test=9, seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    run = RunDirectory(str(tmp_path_factory.mktemp("run")))
+    run_stages(small_config(images), run.uri, list(STAGES), Console(quiet=True))
+    return run
+
+
+def frame(run: RunDirectory, stage: str) -> pd.DataFrame:
+    data = pyarrow.dataset.dataset(f"{run.uri}/{stage}", format="parquet", exclude_invalid_files=True)
+    return data.to_table().to_pandas()
+
+
+def result_rows(run: RunDirectory) -> pd.DataFrame:
+    rows = frame(run, "results").drop(columns=MEASURED)
+    return rows.sort_values(["task", "method", "seed"]).reset_index(drop=True)
+
+
+def digests(run: RunDirectory) -> dict[str, str]:
+    """Every file but those that hold measured times, by name."""
+    root = Path(run.uri)
+    files = [path for path in root.rglob("*") if path.is_file() and "report" not in path.parts]
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if not {"trials", "results", "heads"} & set(path.relative_to(root).parts)
+    }
+
+
+def test_every_stage_leaves_its_rows(finished: RunDirectory, images: Path) -> None:
+    results = result_rows(finished)
+    assert set(results["method"]) == {"linear", "all_l2", "all_l1", "all_l21", "head2toe"}
+    assert len(results) == 2 * 5 * 2
+    assert set(results.loc[results["task"] == "second", "n_test"]) == {9}
+    assert (results["test_accuracy"] == results["n_correct"] / results["n_test"]).all()
+    trials = frame(finished, "trials")
+    points = {"linear": 2, "all_l2": 4, "all_l1": 4, "all_l21": 4, "head2toe": 8}
+    assert trials.groupby("method").size().to_dict() == {m: 2 * 2 * n for m, n in points.items()}
+    assert frame(finished, "selected").groupby(["task", "method"]).size().eq(1).all()
+    kept = frame(finished, "kept").groupby(["task", "method", "seed"])["n_kept"].sum()
+    assert (kept == results.set_index(["task", "method", "seed"])["n_kept"]).all()
+    assert finished.exists("report/index.html")
+
+
+def test_features_are_plain_lists_of_the_right_rows(finished: RunDirectory, images: Path) -> None:
+    work = open_tasks(small_config(images))[0]
+    table = finished.read_table(work.feature_files("train", 16))
+    assert table["index"].to_pylist() == list(range(20))
+    assert table["label"].to_pylist() == [0, 1] * 10
+    assert table.schema.field("pre_logits").type.value_type == "float"
+    assert len(work.feature_files("train", 16)) == 3
+
+
+def test_running_again_does_nothing_and_says_so(
+    finished: RunDirectory, images: Path, console: Console
+) -> None:
+    before = digests(finished)
+    run_stages(small_config(images), finished.uri, list(STAGES), console)
+    assert digests(finished) == before
+    assert output(console).count("nothing to do") == 4
+
+
+@pytest.mark.parametrize(
+    "stage", ["features", "trials", "selected", "heads", "predictions", "results", "kept"]
+)
+def test_a_deleted_file_is_made_again_and_nothing_else(
+    finished: RunDirectory, images: Path, stage: str
+) -> None:
+    before, rows = digests(finished), result_rows(finished)
+    victim = next(
+        name for name in finished.names(stage, recursive=True) if name.endswith(("parquet", "tensors"))
+    )
+    times = {path: path.stat().st_mtime_ns for path in Path(finished.uri).rglob("*.parquet")}
+    (Path(finished.uri) / victim).unlink()
+    run_stages(small_config(images), finished.uri, list(STAGES), Console(quiet=True))
+    assert digests(finished) == before
+    pd.testing.assert_frame_equal(result_rows(finished), rows)
+    rewritten = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
+    parts = {path.relative_to(finished.uri).parts[0] for path in rewritten}
+    assert parts - {"report"} <= {stage}
+
+
+def test_results_do_not_depend_on_workers_or_on_how_trials_are_packed(
+    finished: RunDirectory, images: Path, tmp_path: Path
+) -> None:
+    alone = {"actors": 1, "concurrent_trials": 1, "settings_per_trial": 5}
+    run = RunDirectory(str(tmp_path))
+    run_stages(small_config(images, resources=alone), run.uri, list(STAGES)[:3], Console(quiet=True))
+    pd.testing.assert_frame_equal(
+        result_rows(run).drop(columns="validation_accuracy"),
+        result_rows(finished).drop(columns="validation_accuracy"),
+    )
+    np.testing.assert_allclose(
+        result_rows(run)["validation_accuracy"], result_rows(finished)["validation_accuracy"]
+    )
+
+
+def test_another_setting_never_mixes_with_what_was_there(
+    images: Path, tmp_path: Path, console: Console
+) -> None:
+    config, run = small_config(images, ("first",)), RunDirectory(str(tmp_path))
+    other = small_config(images, ("first",), grid={"learning_rate": [0.01]})
+    run_stages(config, run.uri, list(STAGES)[:3], console)
+    rows, trials = result_rows(run), run.names("trials", recursive=True)
+    run_stages(other, run.uri, list(STAGES)[:3], console)
+    assert set(frame(run, "trials")["learning_rate"]) == {0.01}
+    assert set(result_rows(run)["learning_rate"]) == {0.01}
+    assert "of another configuration moved to superseded/" in output(console)
+    text = output(console)
+    run_stages(config, run.uri, list(STAGES)[:3], console)
+    pd.testing.assert_frame_equal(result_rows(run), rows)
+    assert run.names("trials", recursive=True) == trials
+    assert "nothing to do: all trials are there" in output(console)[len(text) :]
+
+
+def broken(images: Path, tmp_path: Path) -> Path:
+    """Copies the first task with two images that can't be decoded."""
+    import pyarrow.parquet as pq
+
+    for split in ("train", "test"):
+        table = pq.read_table(images / "first" / f"{split}.parquet").to_pydict()
+        table["image_bytes"][3] = b"not an image"
+        folder = tmp_path / "first"
+        folder.mkdir(exist_ok=True)
+        pq.write_table(pyarrow.table(table), folder / f"{split}.parquet")
+    return tmp_path
+
+
+def test_bad_images_are_refused_with_their_rows(images: Path, tmp_path: Path) -> None:
+    root = broken(images, tmp_path)
+    config = small_config(root, ("first",))
+    with pytest.raises(UserError, match=r"first/train row 3 .*"):
+        run_stages(config, str(tmp_path / "run"), ["extract"], Console(quiet=True))
+
+
+def test_bad_images_are_skipped_counted_and_listed_where_asked(images: Path, tmp_path: Path) -> None:
+    root = broken(images, tmp_path)
+    config = small_config(root, ("first",), on_bad_image="skip")
+    run = RunDirectory(str(tmp_path / "run"))
+    run_stages(config, run.uri, list(STAGES), Console(quiet=True))
+    assert set(result_rows(run)["n_test"]) == {11}
+    bad = frame(run, "bad_rows")
+    assert sorted(zip(bad["split"], bad["index"], strict=True)) == [("test", 3), ("train", 3)]
+    assert b"not an image" not in run.read("report/index.html")
+    assert b"bad" in run.read("report/index.html").lower()
+
+
+def test_resources_that_can_never_work_are_refused_at_once(images: Path, cluster: Cluster) -> None:
+    starving = small_config(images, resources={"actors": 4}).resources
+    with pytest.raises(UserError, match="leave none of the cluster's 4 CPUs for reading"):
+        backbone_actors(cluster, starving)
+    gpus = small_config(images, resources={"gpus_per_actor": 1.0, "gpus_per_trial": 1.0}).resources
+    with pytest.raises(UserError, match="the cluster has 0"):
+        backbone_actors(cluster, gpus)
+    with pytest.raises(UserError, match="does not fit"):
+        trial_resources(cluster, gpus)
+
+
+def test_stages_out_of_order_say_what_to_run_first(images: Path, tmp_path: Path) -> None:
+    config: Config = small_config(images)
+    for stage, first in (("sweep", "extract"), ("evaluate", "sweep"), ("report", "evaluate")):
+        with pytest.raises(UserError, match=f"run the {first} stage first"):
+            run_stages(config, str(tmp_path / stage), [stage], Console(quiet=True))
