@@ -1,7 +1,4 @@
-"""Features on disk: one row per image, one plain fixed-size list of float32 per tap.
-
-Encoding: uncompressed pages but for byte-stream-split with zstd, see ``PARQUET_OPTIONS``.
-"""
+"""Features on disk: one row per image, one plain fixed-size list of float32 per tap."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,0 +1,143 @@
+"""Feature files: which encoding, how large, and how fast a matrix is read back.
+
+    python -m tests.benchmarks.features RUN_DIRECTORY TASK TARGET_SIZE [--large]
+
+The first table encodes real features of a finished run in several ways. The second reads a matrix back and
+compares that with plain pyarrow reading the same files, all taps and three of them, in the same process, by
+turns. ``--large`` does that for 1000 x 467,688 as well (2 GB), values drawn like activations (half zeros).
+"""
+
+import argparse
+import io
+import tempfile
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from h2t.feature_files import feature_table, parquet_options, read_features
+from h2t.features import FeatureLayout
+from h2t.store import RunDirectory
+
+ENCODINGS = {
+    "none": {"compression": "none"},
+    "snappy": {"compression": "snappy"},
+    "lz4": {"compression": "lz4"},
+    "zstd 1": {"compression": "zstd", "compression_level": 1},
+    "lz4 + split": {"compression": "lz4", "split": True},
+    "zstd 1 + split": {"compression": "zstd", "compression_level": 1, "split": True},
+}
+
+
+def seconds(function: Callable[[], object], repeats: int = 3) -> float:
+    """Median wall time."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return median(times)
+
+
+def encode(
+    table: pa.Table, compression: str, compression_level: int | None = None, split: bool = False
+) -> bytes:
+    """A table as Parquet in memory."""
+    columns = [f"{name}.list.element" for name in table.column_names[2:]] if split else False
+    sink = io.BytesIO()
+    pq.write_table(
+        table,
+        sink,
+        compression=compression,
+        compression_level=compression_level,
+        use_dictionary=False,
+        write_statistics=False,
+        use_byte_stream_split=columns,
+    )
+    return sink.getvalue()
+
+
+def encodings(table: pa.Table, raw: int) -> Table:
+    """Size, and speed of writing and reading, of each encoding."""
+    shown = Table("encoding", "bytes / raw", "write MB/s of raw", "read MB/s of raw")
+    for name, options in ENCODINGS.items():
+        data = encode(table, **options)
+        writing = seconds(lambda options=options: encode(table, **options))
+        reading = seconds(lambda data=data: pq.read_table(io.BytesIO(data), use_threads=False))
+        shown.add_row(
+            name, f"{len(data) / raw:.2f}", f"{raw / writing / 1e6:.0f}", f"{raw / reading / 1e6:.0f}"
+        )
+    return shown
+
+
+def reading(run: RunDirectory, names: list[str], title: str) -> Table:
+    """Reading a matrix against plain pyarrow."""
+    taps = pq.read_schema(f"{run.uri}/{names[0]}").names[2:]
+    some = [taps[0], taps[len(taps) // 2], taps[-1]]
+    matrix = read_features(run, names)
+    share = sum(matrix.layout.widths[taps.index(tap)] for tap in some) / matrix.layout.n_features
+    raw = matrix.values.nbytes
+    size = sum(len(run.read(name)) for name in names)
+    del matrix
+    plain = seconds(lambda: run.read_table(names))
+    ours = seconds(lambda: read_features(run, names))
+    part = seconds(lambda: read_features(run, names, some))
+    shown = Table(title, "seconds", "of plain pyarrow's speed")
+    shown.add_row(
+        f"plain pyarrow, {raw / 1e6:.0f} MB raw, {size / raw:.2f} of it on disk", f"{plain:.2f}", "1"
+    )
+    shown.add_row("matrix, all taps", f"{ours:.2f}", f"{plain / ours:.2f}")
+    note = f"{part / ours:.3f} of the time, {share:.3f} of the features"
+    shown.add_row(f"matrix, 3 of {len(taps)} taps", f"{part:.3f}", note)
+    return shown
+
+
+def write_large(
+    run: RunDirectory, n_images: int = 1000, n_features: int = 467_688, shard: int = 250
+) -> list[str]:
+    """Feature files of 52 taps with values drawn like activations."""
+    layout = FeatureLayout(tuple(f"tap{i}" for i in range(52)), (8994,) * 52)
+    assert layout.n_features == n_features
+    names, generator = [], torch.Generator().manual_seed(0)
+    for start in range(0, n_images, shard):
+        taps = [torch.randn(shard, width, generator=generator).clamp_(min=0) for width in layout.widths]
+        rows = np.arange(start, start + shard)
+        table = feature_table(rows, rows % 10, taps, layout)
+        names.append(f"part-{start}.parquet")
+        run.write_table(names[-1], table, row_group_size=shard, **parquet_options(table))
+    return names
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_directory")
+    parser.add_argument("task")
+    parser.add_argument("target_size", type=int)
+    parser.add_argument("--large", action="store_true")
+    options = parser.parse_args()
+    run, console = RunDirectory(options.run_directory), Console()
+    ending = f"task={options.task}/split=train/target_size={options.target_size}/"
+    names = [
+        name for name in run.names("features", recursive=True) if ending in name and name.endswith("parquet")
+    ]
+    table = run.read_table(names)
+    raw = sum(table[name].nbytes for name in table.column_names)
+    console.print(encodings(table, raw))
+    console.print(reading(run, names, f"{options.task}, T = {options.target_size}"))
+    if options.large:
+        with tempfile.TemporaryDirectory() as scratch:
+            large = RunDirectory(scratch)
+            console.print(reading(large, write_large(large), "1000 x 467,688"))
+
+
+if __name__ == "__main__":
+    main()
