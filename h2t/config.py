@@ -113,11 +113,11 @@ class Resources(_Section):
 
 
 class FinetuneConfig(_Section):
-    """How the methods that train the backbone do it; where each default comes from is in ``h2t.finetuning``.
+    """How the methods that train the backbone do it; ``h2t.finetuning`` says where the defaults come from.
 
     ``batch_norm`` "frozen" normalises by the pretrained statistics in training too. ``folds`` of the
-    cross-validation are used (null: all; 0: none, for a single rate and number of steps). ``seeds``: null is the
-    recipe's.
+    cross-validation are used (null: all; 0: none, for a single rate and number of steps). ``seeds``: null
+    is the recipe's.
     """
 
     learning_rate: Annotated[list[Positive], Field(min_length=1)] = [0.1, 0.01]

@@ -111,3 +111,9 @@ def concurrent_trials(cluster: Cluster, resources: Resources) -> int | None:
     if resources.concurrent_trials or not cluster.local:
         return resources.concurrent_trials
     return max(1, cluster.cores // resources.cpus_per_trial)
+
+
+def slots(cluster: Cluster, resources: dict[str, float]) -> int:
+    """How many trials of these resources the cluster holds side by side."""
+    fits = cluster.cpus // resources["cpu"]
+    return max(1, int(min(fits, cluster.gpus / resources["gpu"]) if resources["gpu"] else fits))

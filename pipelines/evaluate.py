@@ -21,16 +21,16 @@ from h2t.config import Config
 from h2t.costs import BackboneCost, HeadSize, storage_bytes, training_flops
 from h2t.feature_files import read_features
 from h2t.head_bank import HeadBank
-from h2t.images import BadRow, class_names
+from h2t.images import class_names
 from h2t.methods import Head, Settings
 from h2t.metrics import correct
 from h2t.store import RunDirectory
-from h2t.work import Shard, TaskWork, backbone_folder, refuse_bad_rows
-from pipelines.backbone_actor import FeatureReader, load, manifest_row, preprocessing_of, write_bad_rows
+from h2t.work import Shard, TaskWork, backbone_folder
+from pipelines.backbone_actor import FeatureReader
 from pipelines.cluster import Cluster, trial_resources
 from pipelines.extract import read_manifest
 from pipelines.progress import StageProgress
-from pipelines.stream import decoded_images, stream_shards, user_cause
+from pipelines.stream import process_shards, user_cause
 from pipelines.sweep import fit_heads, read_selected, rows_of, selected_file
 
 
@@ -140,61 +140,30 @@ def predict_test_images(
     if not missing:
         console.print(f"{'evaluate':<9} nothing to do: all predictions are there")
         return 0
-    preprocessing = preprocessing_of(config.backbone, load(config.backbone))
-    arguments = {
-        "run": run,
-        "works": {work.task.name: work for work in works},
-        "chosen": chosen,
-        "config": config,
-    }
-    n_images, bad = 0, []
-    with StageProgress(console, "evaluate", sum(len(s.indices) for s in missing), "images") as progress:
-        for row in stream_shards(missing, works, preprocessing, Predictor, arguments, config, cluster):
-            n_images += row["n_images"]
-            bad += row["bad"]
-            progress.advance(row["n_images"] + len(row["bad"]), f"{row['task']}/{row['split']}")
-    if config.on_bad_image == "refuse":
-        refuse_bad_rows(BadRow(**row) for row in bad)
-    return n_images
+    arguments = {"run": run, "chosen": chosen, "config": config}
+    return process_shards("evaluate", missing, works, run, Predictor, arguments, config, cluster, console)
 
 
 class Predictor:
-    """Actor: a decoded shard of test images in, the predictions of all heads of its task written."""
+    """Step of the evaluation: a shard's test images to the predictions of all heads; state of an actor."""
 
-    def __init__(
-        self,
-        shards: list[Shard],
-        run: RunDirectory,
-        works: dict[str, TaskWork],
-        chosen: dict[str, list[Settings]],
-        config: Config,
-    ) -> None:
-        self.shards, self.run, self.works, self.chosen = shards, run, works, chosen
+    def __init__(self, run: RunDirectory, chosen: dict[str, list[Settings]], config: Config) -> None:
+        self.run, self.chosen = run, chosen
         sizes = sorted({settings.target_size for points in chosen.values() for settings in points})
         self.features = FeatureReader(config, sizes)
         self.task = ""
         self.heads: list[Head] = []
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, work: TaskWork, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
         """Write the shard's predictions: index, label and one int32 column per method and seed."""
-        shard = self.shards[batch["shard"][0].as_py()]
-        work = self.works[shard.task]
-        images, index = decoded_images(batch)
-        bad = write_bad_rows(self.run, work, shard, batch)
-        if bad and work.config.on_bad_image == "refuse":
-            return manifest_row(shard, 0, bad)
         self._take_heads_of(work)
         parts = [self._predict(taps) for taps in self.features.read(images)]
         predictions = np.concatenate([np.empty((0, len(self.heads)), np.int32), *parts])
-        columns = {
-            "index": pa.array(index, pa.int32()),
-            "label": pa.array(work.labels["test"][index], pa.int32()),
-        }
+        columns = {"index": pa.array(index, pa.int32()), "label": pa.array(work.labels["test"][index])}
         for number, head in enumerate(self.heads):
             columns[prediction_column(head.settings.method, head.seed)] = pa.array(predictions[:, number])
         name = predictions_file(work, self.chosen[shard.task], shard)
         self.run.write_table(name, pa.table(columns), compression="zstd")
-        return manifest_row(shard, len(images), bad)
 
     def _take_heads_of(self, work: TaskWork) -> None:
         if self.task != work.task.name:
@@ -222,14 +191,14 @@ def write_results(work: TaskWork, chosen: list[Settings], run: RunDirectory) -> 
     if not missing:
         return
     loaded = [load_head(run.read(name)) for name in heads]
-    predictions = run.read_frame(predictions_file(work, chosen, shard) for shard in work.shards("test"))
-    validation = run.read_frame([selected_file(work)]).set_index("method")["validation_accuracy"]
-    described = read_manifest(work, run)
-    rows = [
-        _result(work, head, provenance, predictions, validation, described) for head, provenance in loaded
-    ]
-    run.write_frame(kept, pd.concat([_kept(work, head) for head, _ in loaded], ignore_index=True))
-    run.write_frame(results, pd.DataFrame(rows))
+    if kept in missing:
+        run.write_frame(kept, pd.concat([_kept(work, head) for head, _ in loaded], ignore_index=True))
+    if results in missing:
+        predictions = run.read_frame(predictions_file(work, chosen, shard) for shard in work.shards("test"))
+        validation = run.read_frame([selected_file(work)]).set_index("method")["validation_accuracy"]
+        described = read_manifest(work, run)
+        rows = [_result(work, head, stated, predictions, validation, described) for head, stated in loaded]
+        run.write_frame(results, pd.DataFrame(rows))
 
 
 def _result(

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from itertools import product
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -14,14 +14,12 @@ from h2t.config import Config
 from h2t.costs import BackboneCost, measure_backbone
 from h2t.feature_files import feature_table, parquet_options
 from h2t.features import FeatureLayout
-from h2t.images import BadRow
 from h2t.store import RunDirectory
 from h2t.taps import feature_layout
-from h2t.work import Shard, Split, TaskWork, refuse_bad_rows
-from pipelines.backbone_actor import FeatureReader, load, manifest_row, preprocessing_of, write_bad_rows
+from h2t.work import Shard, Split, TaskWork
+from pipelines.backbone_actor import FeatureReader, load
 from pipelines.cluster import Cluster
-from pipelines.progress import StageProgress
-from pipelines.stream import decoded_images, stream_shards
+from pipelines.stream import process_shards
 
 PACKAGES = ("head2toe-ray", "numpy", "pillow", "pyarrow", "ray", "timm", "torch")
 
@@ -35,34 +33,21 @@ def extract(
     """
     missing = missing_shards(config, works, run, console)
     if missing:
-        n_images = _extract_shards(config, works, missing, run, cluster, console)
+        n_images = process_shards(
+            "extract",
+            missing,
+            works,
+            run,
+            FeatureWriter,
+            {"run": run, "config": config},
+            config,
+            cluster,
+            console,
+        )
     else:
         console.print(f"{'extract':<9} nothing to do: the features of {len(works)} tasks are there")
         n_images = 0
     write_manifests(config, works, run)
-    return n_images
-
-
-def _extract_shards(
-    config: Config,
-    works: Sequence[TaskWork],
-    shards: list[Shard],
-    run: RunDirectory,
-    cluster: Cluster,
-    console: Console,
-) -> int:
-    preprocessing = preprocessing_of(config.backbone, load(config.backbone))
-    arguments = {"run": run, "works": {work.task.name: work for work in works}, "config": config}
-    n_images, bad = 0, []
-    total = sum(len(shard.indices) for shard in shards)
-    with StageProgress(console, "extract", total, "images") as progress:
-        rows = stream_shards(shards, works, preprocessing, FeatureWriter, arguments, config, cluster)
-        for row in rows:
-            n_images += row["n_images"]
-            bad += row["bad"]
-            progress.advance(row["n_images"] + len(row["bad"]), f"{row['task']}/{row['split']}")
-    if config.on_bad_image == "refuse":
-        refuse_bad_rows(BadRow(**row) for row in bad)
     return n_images
 
 
@@ -148,33 +133,21 @@ def missing_shards(
 
 
 class FeatureWriter:
-    """Actor: a decoded shard in, its feature files written, one manifest row out."""
+    """Step of the extraction: a shard's images to its feature files; state of an actor."""
 
-    def __init__(
-        self, shards: list[Shard], run: RunDirectory, works: dict[str, TaskWork], config: Config
-    ) -> None:
-        self.shards, self.run, self.works = shards, run, works
+    def __init__(self, run: RunDirectory, config: Config) -> None:
+        self.run = run
         self.features = FeatureReader(config, config.grid.target_size)
         self.layouts = {
             size: feature_layout(self.features.backbone, size, config.backbone.cls_token)
             for size in config.grid.target_size
         }
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Write the shard's file of every target size that is missing."""
-        shard = self.shards[batch["shard"][0].as_py()]
-        work = self.works[shard.task]
-        images, index = decoded_images(batch)
-        bad = write_bad_rows(self.run, work, shard, batch)
-        if bad and work.config.on_bad_image == "refuse":
-            return manifest_row(shard, 0, bad)
+    def __call__(self, work: TaskWork, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
+        """Write the shard's file of every target size."""
         batches = list(self.features.read(images))
         for size, layout in self.layouts.items():
             taps = [torch.cat([part[size][tap].cpu() for part in batches]) for tap in range(len(layout.taps))]
             table = feature_table(index, work.labels[shard.split][index], taps, layout)
-            self._write(work.feature_file(shard, size), table)
-        return manifest_row(shard, len(images), bad)
-
-    def _write(self, name: str, table: pa.Table) -> None:
-        options: dict[str, Any] = parquet_options(table)
-        self.run.write_table(name, table, row_group_size=len(table) or 1, **options)
+            options = {"row_group_size": len(table) or 1, **parquet_options(table)}
+            self.run.write_table(work.feature_file(shard, size), table, **options)

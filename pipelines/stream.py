@@ -13,12 +13,16 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
+from rich.console import Console
 
 from h2t.config import Config
 from h2t.errors import UserError
 from h2t.images import BadImage, BadRow, Preprocessing, prepare
-from h2t.work import Shard, TaskWork
+from h2t.store import RunDirectory
+from h2t.work import Shard, TaskWork, refuse_bad_rows
+from pipelines.backbone_actor import load, manifest_row, preprocessing_of, write_bad_rows
 from pipelines.cluster import Cluster, backbone_actors
+from pipelines.progress import StageProgress
 
 BAD_ROW = pa.struct(
     [
@@ -71,6 +75,67 @@ def stream_shards(
         )
     )
     yield from _clear_errors(pipeline.iter_rows(), config)
+
+
+def process_shards(
+    stage: str,
+    shards: Sequence[Shard],
+    works: Sequence[TaskWork],
+    run: RunDirectory,
+    step: Callable[..., Any],
+    arguments: dict[str, Any],
+    config: Config,
+    cluster: Cluster,
+    console: Console,
+) -> int:
+    """Take every shard through ``step`` in the actors, with progress; how many images that were.
+
+    ``step`` is a class made in each actor with ``arguments``; its instances are called with (work, shard,
+    images uint8 [height, width, 3] each, their indices int32 [n]) and write what comes of them. Raises
+    UserError that lists the images that can't be read, where the recipe refuses those.
+    """
+    preprocessing = preprocessing_of(config.backbone, load(config.backbone))
+    parts = {
+        "run": run,
+        "works": {work.task.name: work for work in works},
+        "step": step,
+        "arguments": arguments,
+    }
+    n_images, bad = 0, []
+    with StageProgress(console, stage, sum(len(shard.indices) for shard in shards), "images") as progress:
+        for row in stream_shards(shards, works, preprocessing, ShardActor, parts, config, cluster):
+            n_images += row["n_images"]
+            bad += row["bad"]
+            progress.advance(row["n_images"] + len(row["bad"]), f"{row['task']}/{row['split']}")
+    if config.on_bad_image == "refuse":
+        refuse_bad_rows(BadRow(**row) for row in bad)
+    return n_images
+
+
+class ShardActor:
+    """Actor: a decoded shard in, handed to the step of a stage, one manifest row out."""
+
+    def __init__(
+        self,
+        shards: list[Shard],
+        run: RunDirectory,
+        works: dict[str, TaskWork],
+        step: Callable[..., Any],
+        arguments: dict[str, Any],
+    ) -> None:
+        self.shards, self.run, self.works = shards, run, works
+        self.step = step(**arguments)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Do the step, unless the recipe refuses bad rows and the shard has some."""
+        shard = self.shards[batch["shard"][0].as_py()]
+        work = self.works[shard.task]
+        images, index = decoded_images(batch)
+        bad = write_bad_rows(self.run, work, shard, batch)
+        if bad and work.config.on_bad_image == "refuse":
+            return manifest_row(shard, 0, bad)
+        self.step(work, shard, images, index)
+        return manifest_row(shard, len(images), bad)
 
 
 def _clear_errors(rows: Iterable[dict[str, Any]], config: Config) -> Iterator[dict[str, Any]]:

@@ -1,29 +1,29 @@
 """Stage 2, Ray Tune: cross-validation of every method on frozen features, and the choice it makes."""
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import ray
 import torch
-from ray import tune
 from rich.console import Console
 
 from h2t.config import Config
-from h2t.errors import UserError
 from h2t.feature_files import FeatureMatrix
 from h2t.methods import METHODS, Head, Settings, fit, predict
 from h2t.metrics import accuracy, cross_entropy
 from h2t.store import RunDirectory
 from h2t.work import TaskWork, Trial, backbone_folder
-from pipelines.cluster import Cluster, concurrent_trials, trial_resources
+from pipelines.cluster import Cluster, concurrent_trials, slots, trial_resources
 from pipelines.features import FeatureCache, cached_features
 from pipelines.progress import StageProgress
+from pipelines.tuning import run_trials
 
+PACKS_PER_SLOT = 4
 SETTINGS = ["method", "target_size", "learning_rate", "steps", "coefficient", "keep_fraction"]
 
 
@@ -60,54 +60,46 @@ def _run_trials(
     console: Console,
 ) -> None:
     resources = trial_resources(cluster, config.resources)
-    cache = FeatureCache.options(num_cpus=0).remote(run, {work.task.name: work for work in works})  # type: ignore[attr-defined]
-    shared = {"trials": trials, "works": {work.task.name: work for work in works}, "run": run, "cache": cache}
-    with (
-        StageProgress(console, "sweep", len(trials), "trials") as progress,
-        tempfile.TemporaryDirectory() as scratch,
-    ):
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_trainable, shared=shared), resources),
-            param_space={"trial": tune.grid_search(list(range(len(trials))))},
-            tune_config=tune.TuneConfig(
-                reuse_actors=True, max_concurrent_trials=concurrent_trials(cluster, config.resources)
-            ),
-            run_config=tune.RunConfig(
-                name="sweep",
-                storage_path=scratch,
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=config.resources.max_failures),
-                callbacks=[_Advance(progress, trials)],
-            ),
+    at_once = concurrent_trials(cluster, config.resources)
+    packs = packed(trials, at_once or slots(cluster, resources))
+    by_name = {work.task.name: work for work in works}
+    cache = FeatureCache.options(num_cpus=0).remote(run, by_name)  # type: ignore[attr-defined]
+    with StageProgress(console, "sweep", len(trials), "trials") as progress:
+        run_trials(
+            _run_pack,
+            {"packs": packs, "works": by_name, "run": run, "cache": cache},
+            len(packs),
+            resources=resources,
+            at_once=at_once,
+            max_failures=config.resources.max_failures,
+            on_done=lambda number: progress.advance(len(packs[number]), packs[number][0].task),
         )
-        outcome = tuner.fit()
     ray.kill(cache)
-    if outcome.num_errors:
-        raise UserError(
-            f"{outcome.num_errors} of {len(trials)} trials failed; the first: {outcome.errors[0]}"
-        )
 
 
-class _Advance(tune.Callback):
-    def __init__(self, progress: StageProgress, trials: list[Trial]) -> None:
-        self.progress, self.trials = progress, trials
+def packed(trials: Sequence[Trial], n_slots: int) -> list[list[Trial]]:
+    """Folds of the same features that one Tune trial does in turn.
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune saves its state at the start, for a way to resume that is not used here
+    Starting a trial costs a fraction of a second, so many short ones are packed; but every slot gets several
+    packs, so that none waits long for the last one.
+    """
+    size = max(1, len(trials) // (n_slots * PACKS_PER_SLOT))
+    together = groupby(trials, lambda trial: (trial.task, trial.settings[0].target_size))
+    packs = []
+    for _, group in together:
+        members = list(group)
+        packs += [members[start : start + size] for start in range(0, len(members), size)]
+    return packs
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        done = self.trials[trial.config["trial"]]
-        self.progress.advance(1, f"{done.task} fold {done.fold}")
 
-
-def _trainable(point: dict[str, int], shared: dict[str, Any]) -> None:
-    trial: Trial = shared["trials"][point["trial"]]
-    work: TaskWork = shared["works"][trial.task]
-    torch.set_num_threads(work.config.resources.cpus_per_trial)
-    matrix = cached_features(shared["cache"], trial.task, trial.settings[0].target_size)
-    rows = run_trial(work, trial, matrix)
-    shared["run"].write_frame(trial.file, rows)
-    tune.report({"rows": len(rows)})
+def _run_pack(number: int, shared: dict[str, Any]) -> None:
+    for trial in shared["packs"][number]:
+        work: TaskWork = shared["works"][trial.task]
+        if shared["run"].exists(trial.file):
+            continue  # done before the worker of an earlier attempt died
+        torch.set_num_threads(work.config.resources.cpus_per_trial)
+        matrix = cached_features(shared["cache"], trial.task, trial.settings[0].target_size)
+        shared["run"].write_frame(trial.file, run_trial(work, trial, matrix))
 
 
 def run_trial(work: TaskWork, trial: Trial, matrix: FeatureMatrix) -> pd.DataFrame:

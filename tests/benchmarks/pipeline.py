@@ -25,7 +25,7 @@ from pipelines.backbone_actor import FeatureReader, load, preprocessing_of
 from pipelines.cli import shipped_recipes
 from pipelines.cluster import connect
 from pipelines.extract import FeatureWriter, missing_shards
-from pipelines.stream import stream_shards
+from pipelines.stream import ShardActor, stream_shards
 
 
 def plain_loop(works: list[TaskWork], run: RunDirectory, threads: int) -> float:
@@ -52,10 +52,15 @@ def through_ray(works: list[TaskWork], run: RunDirectory, actors: int) -> tuple[
     config = works[0].config
     cluster = connect()
     preprocessing = preprocessing_of(config.backbone, load(config.backbone))
-    arguments = {"run": run, "works": {work.task.name: work for work in works}, "config": config}
+    arguments = {
+        "run": run,
+        "works": {work.task.name: work for work in works},
+        "step": FeatureWriter,
+        "arguments": {"run": run, "config": config},
+    }
     started, finished, counts = time.perf_counter(), [], []
     shards = missing_shards(config, works, run)
-    for row in stream_shards(shards, works, preprocessing, FeatureWriter, arguments, config, cluster):
+    for row in stream_shards(shards, works, preprocessing, ShardActor, arguments, config, cluster):
         finished.append(time.perf_counter())
         counts.append(row["n_images"])
     steady = sum(counts[actors:]) / (finished[-1] - finished[actors - 1])
