@@ -44,6 +44,9 @@ def read_recipe(recipe: str, overrides: Sequence[str] | None) -> Config:
     return load_config(recipe, overrides or ())
 
 
+STAGES = ["extract", "sweep", "evaluate", "finetune", "report"]
+
+
 def _run(config: Config, run_dir: str | None, stages: list[str], address: str | None) -> None:
     from pipelines.run import run_stages  # Ray and torch take seconds to import; help and errors need neither
 
@@ -57,21 +60,24 @@ def _run(config: Config, run_dir: str | None, stages: list[str], address: str | 
 
 @app.command()
 def demo(
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="Fine-tuning and training from scratch too.")
+    ] = False,
     run_dir: RunDir = None,
     set_: Set = None,
     address: Address = None,
 ) -> None:
-    """Run the whole pipeline on four small tasks, offline, with real ImageNet weights."""
+    """Run the whole pipeline on small tasks, offline, with real ImageNet weights."""
     from pipelines.demo import available_tasks
 
-    config = available_tasks(read_recipe("demo", set_), console)
-    _run(config, run_dir, ["extract", "sweep", "evaluate", "report"], address)
+    config = available_tasks(read_recipe("demo-finetune" if finetune else "demo", set_), console)
+    _run(config, run_dir, STAGES, address)
 
 
 @app.command()
 def run(recipe: Recipe, run_dir: RunDir = None, set_: Set = None, address: Address = None) -> None:
     """Run every stage of a recipe; what is already there is not done again."""
-    _run(read_recipe(recipe, set_), run_dir, ["extract", "sweep", "evaluate", "report"], address)
+    _run(read_recipe(recipe, set_), run_dir, STAGES, address)
 
 
 def _stage(name: str, text: str) -> None:
@@ -84,6 +90,7 @@ def _stage(name: str, text: str) -> None:
 _stage("extract", "Only the features of the training images.")
 _stage("sweep", "Only the cross-validation (needs the features).")
 _stage("evaluate", "Only the final heads and test predictions (needs the sweep).")
+_stage("finetune", "Only the methods that train the backbone (need the frozen heads).")
 _stage("report", "Only the tables and figures (needs the results).")
 
 
@@ -157,7 +164,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        Console(stderr=True).print(
+            f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(2)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 
 import ray
@@ -52,12 +53,20 @@ def _start(address: str | None, cores: int) -> None:
         )
         return
     try:
+        _check_port(address)
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"no Ray cluster answers at '{address}' ({str(error).splitlines()[0]}); start one with "
             "`ray start --head` or `ray up cluster.yaml`, or leave --address out to run on this machine"
         ) from None
+
+
+def _check_port(address: str) -> None:
+    """Ray itself tries for many minutes to reach a port where nobody listens."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def available_cores() -> int:

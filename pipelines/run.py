@@ -13,6 +13,7 @@ from h2t.work import TaskWork, open_tasks
 from pipelines.cluster import Cluster, connect
 from pipelines.evaluate import evaluate
 from pipelines.extract import extract, package_versions
+from pipelines.finetune import finetune
 from pipelines.report import report
 from pipelines.sweep import sweep
 
@@ -20,6 +21,7 @@ STAGES: dict[str, Callable[..., Any]] = {
     "extract": extract,
     "sweep": sweep,
     "evaluate": evaluate,
+    "finetune": finetune,
     "report": report,
 }
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from h2t.config import Config, fingerprint
 from h2t.costs import BackboneCost
 from h2t.errors import UserError
+from h2t.methods import METHODS
 from h2t.store import RunDirectory
 from h2t.work import TaskWork, backbone_folder
 from pipelines.cluster import Cluster
@@ -53,5 +54,10 @@ def _provenance(config: Config, works: Sequence[TaskWork]) -> dict[str, Any]:
         "grid": config.grid.model_dump(),
         "cross-validation": config.cross_validation.model_dump(),
         "seeds": config.seeds,
+        "fine-tuning": config.finetune.model_dump() if _trains_backbones(config) else "none",
         "packages": package_versions(),
     }
+
+
+def _trains_backbones(config: Config) -> bool:
+    return any(METHODS[method].trains_backbone for method in config.methods)

@@ -1,0 +1,223 @@
+"""The training of a backbone with its head: what it must compute, however it is cut or interrupted."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from h2t.backbones import Backbone, load_backbone
+from h2t.config import FinetuneConfig
+from h2t.errors import UserError
+from h2t.features import select
+from h2t.finetuning import (
+    Checkpoints,
+    Selection,
+    TrainableModel,
+    Training,
+    embedding_selection,
+    load_model,
+    memory_advice,
+    model_content,
+    predict_logits,
+    save_model,
+    train,
+)
+from h2t.images import Preprocessing, to_batch
+from h2t.taps import TapReader, feature_layout
+
+LABELS = np.arange(24) % 2
+PREPROCESSING = Preprocessing(32)
+OPTIONS = FinetuneConfig(batch_size=10)
+SEVEN_STEPS = {"learning_rate": 0.1, "steps": 7}
+
+
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
+    """Two classes told apart by their brightness."""
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 120, (20, 24, 3), np.uint8) + np.uint8(100 * label) for label in LABELS]
+
+
+def small_backbone(seed: int = 0) -> Backbone:
+    return load_backbone("test_efficientnet", weights="random", image_size=32, seed=seed)
+
+
+def every_seventh(backbone: Backbone) -> Selection:
+    layout = feature_layout(backbone, 16)
+    return Selection(np.arange(0, layout.n_features, 7), layout, 16)
+
+
+SELECTIONS = {"embedding": embedding_selection, "selected": every_seventh}
+
+
+def new_model(
+    features: str = "embedding", options: FinetuneConfig = OPTIONS, backbone_seed: int = 0, seed: int = 0
+) -> TrainableModel:
+    backbone = small_backbone(backbone_seed)
+    return TrainableModel(backbone, SELECTIONS[features](backbone), 2, options=options, seed=seed)
+
+
+def trained(
+    images: list[np.ndarray], model: TrainableModel, checkpoints: Checkpoints | None = None
+) -> Training:
+    return train(model, images, LABELS, PREPROCESSING, checkpoints=checkpoints, **SEVEN_STEPS)
+
+
+def largest_difference(first: nn.Module, second: nn.Module) -> float:
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("features", SELECTIONS)
+def test_a_model_reads_the_features_that_the_frozen_methods_read(
+    images: list[np.ndarray], features: str
+) -> None:
+    backbone = small_backbone()
+    selection = SELECTIONS[features](backbone)
+    model = TrainableModel(backbone, selection, 2, options=OPTIONS).eval()
+    reference = small_backbone()
+    with TapReader(reference, [selection.target_size]) as reader:
+        values = reader(to_batch(images, PREPROCESSING))[selection.target_size]
+    taps = dict(zip(feature_layout(reference, selection.target_size).taps, values, strict=True))
+    raw = torch.cat([taps[name] for name in selection.layout.taps], 1).numpy()
+    chosen = select(raw, selection.layout, selection.kept)
+    weight, bias = (tensor.detach().numpy() for tensor in (model.head.weight, model.head.bias))
+    np.testing.assert_allclose(
+        predict_logits(model, images, PREPROCESSING), chosen @ weight.T + bias, atol=1e-6
+    )
+
+
+def test_training_is_that_of_a_plain_loop(images: list[np.ndarray]) -> None:
+    model = new_model()
+    losses = trained(images, model).losses
+    backbone = small_backbone()
+    network = backbone.model.requires_grad_(True).train()
+    network.reset_classifier(0)
+    head = new_model().head
+    parameters = [*network.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    for step in range(7):
+        rows = np.arange(24)[step % 3 * 10 : step % 3 * 10 + 10]
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / 7))
+        features = nn.functional.normalize(network(to_batch([images[row] for row in rows], PREPROCESSING)))
+        loss = nn.functional.cross_entropy(head(features), torch.from_numpy(LABELS[rows]), reduction="sum")
+        optimizer.zero_grad()
+        (loss / 10).backward()
+        optimizer.step()
+        assert losses[step] == pytest.approx(float(loss.detach()) / len(rows), abs=1e-4)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("features", SELECTIONS)
+def test_gradients_reach_the_backbone_and_only_used_taps_count(
+    images: list[np.ndarray], features: str
+) -> None:
+    model = new_model(features)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    trained(images, model)
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert {"backbone.conv_stem.weight", "head.weight", "head.bias"} <= changed
+    assert all(width > 0 for width in model.layout.widths)
+
+
+@pytest.mark.parametrize("features", SELECTIONS)
+def test_a_training_that_is_cut_off_goes_on_to_the_same_weights(
+    images: list[np.ndarray], features: str
+) -> None:
+    options = OPTIONS.model_copy(update={"checkpoint_every": 2})
+    whole, kept = new_model(features, options), bytearray()
+    losses = trained(images, whole).losses
+
+    class CutOff(Exception):
+        pass
+
+    def save_and_stop(data: bytes) -> None:
+        if kept:
+            raise CutOff
+        kept.extend(data)
+
+    with pytest.raises(CutOff):
+        trained(images, new_model(features, options), Checkpoints(lambda: None, save_and_stop))
+    resumed = new_model(features, options, backbone_seed=5, seed=5)
+    again = trained(images, resumed, Checkpoints(lambda: bytes(kept), lambda data: None))
+    np.testing.assert_array_equal(again.losses, losses)
+    assert largest_difference(resumed, whole) == 0
+
+
+@pytest.mark.parametrize("features", SELECTIONS)
+def test_a_batch_in_parts_gives_the_same_weights(images: list[np.ndarray], features: str) -> None:
+    frozen = OPTIONS.model_copy(update={"batch_norm": "frozen"})
+    whole = new_model(features, frozen)
+    parts = new_model(features, frozen.model_copy(update={"gradient_accumulation": 3}))
+    np.testing.assert_allclose(trained(images, parts).losses, trained(images, whole).losses, atol=1e-5)
+    assert largest_difference(parts, whole) < 1e-5
+
+
+def test_gradient_checkpointing_gives_the_same_weights(images: list[np.ndarray]) -> None:
+    def vit(checkpointing: bool) -> TrainableModel:
+        backbone = load_backbone("test_vit", weights="random")
+        options = OPTIONS.model_copy(update={"gradient_checkpointing": checkpointing})
+        return TrainableModel(backbone, embedding_selection(backbone), 2, options=options)
+
+    plain, checkpointed = vit(False), vit(True)
+    settings = {"learning_rate": 0.1, "steps": 2}
+    for model in (plain, checkpointed):
+        train(model, images[:10], LABELS[:10], Preprocessing(160), **settings)
+    assert largest_difference(plain, checkpointed) < 1e-5
+    with pytest.raises(UserError, match="gradient_accumulation instead"):
+        new_model("selected", OPTIONS.model_copy(update={"gradient_checkpointing": True}))
+
+
+def test_lower_precision_learns_as_well(images: list[np.ndarray]) -> None:
+    model = new_model(options=OPTIONS.model_copy(update={"precision": "bfloat16"}))
+    losses = trained(images, model).losses
+    exact = trained(images, new_model()).losses
+    assert not np.array_equal(losses, exact)
+    np.testing.assert_allclose(losses[:5], exact[:5], atol=0.05)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_frozen_batch_norm_keeps_its_statistics(images: list[np.ndarray]) -> None:
+    def statistics(options: FinetuneConfig) -> torch.Tensor:
+        model = new_model(options=options)
+        trained(images, model)
+        return model.backbone.bn1.running_mean
+
+    before = small_backbone().model.bn1.running_mean
+    assert torch.equal(statistics(OPTIONS.model_copy(update={"batch_norm": "frozen"})), before)
+    assert not torch.equal(statistics(OPTIONS), before)
+
+
+def test_the_seed_draws_the_head_and_random_weights() -> None:
+    assert torch.equal(new_model(seed=1).head.weight, new_model(seed=1).head.weight)
+    assert not torch.equal(new_model(seed=1).head.weight, new_model(seed=2).head.weight)
+    assert not torch.equal(small_backbone(1).model.conv_stem.weight, small_backbone(2).model.conv_stem.weight)
+
+
+@pytest.mark.parametrize("features", SELECTIONS)
+def test_a_saved_model_predicts_the_same(images: list[np.ndarray], features: str) -> None:
+    model = new_model(features)
+    trained(images, model)
+    data = save_model(model, SELECTIONS[features](small_backbone()), {"task": "first"})
+    loaded, content = load_model(data, small_backbone(7), OPTIONS)
+    logits = predict_logits(model, images, PREPROCESSING)
+    np.testing.assert_array_equal(predict_logits(loaded, images, PREPROCESSING), logits)
+    np.testing.assert_allclose(predict_logits(loaded, images, PREPROCESSING, batch_size=5), logits, atol=1e-5)
+    assert content == model_content(data) == {"task": "first"}
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_with_its_step(images: list[np.ndarray]) -> None:
+    result = train(new_model(), images, LABELS, PREPROCESSING, learning_rate=1e30, steps=60)
+    assert result.diverged_at == len(result.losses) <= 50
+    np.testing.assert_array_equal(np.isfinite(result.losses), [True] * (len(result.losses) - 1) + [False])
+
+
+def test_too_large_a_batch_names_the_settings_that_help() -> None:
+    with pytest.raises(UserError) as caught, memory_advice(OPTIONS):
+        torch.empty(2**55)
+    for setting in ("batch_size", "gradient_accumulation", "gradient_checkpointing", "precision"):
+        assert setting in str(caught.value)
+    with pytest.raises(RuntimeError, match="size"), memory_advice(OPTIONS):
+        torch.zeros(2) @ torch.zeros(3)

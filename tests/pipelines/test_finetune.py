@@ -1,0 +1,244 @@
+"""Methods that train the backbone, on a real Ray: their rows, the two ways to run one, faults, resumption."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load, save_file
+
+from h2t.backbones import load_backbone
+from h2t.config import Config
+from h2t.errors import UserError
+from h2t.methods import METHODS
+from h2t.store import RunDirectory
+from h2t.work import TaskWork, open_tasks
+from pipelines.cluster import Cluster
+from pipelines.evaluate import evaluate
+from pipelines.extract import extract
+from pipelines.finetune import finetune, run_missing
+from pipelines.sweep import sweep
+from pipelines.trained_selection import read_trained_selected, write_trained_selected
+from pipelines.trained_trials import (
+    TrainedTrial,
+    checkpoint_folder,
+    run_trial,
+    trained_search_space,
+    trained_trial,
+)
+from tests.pipelines.conftest import output, small_config, write_task
+
+pytestmark = pytest.mark.usefixtures("cluster")
+SETTINGS = {"learning_rate": [0.1, 0.01], "steps": [4], "batch_size": 8, "checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    write_task(root, "first")
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of weights for the small backbone, so that it counts as pretrained."""
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    model = load_backbone("test_efficientnet", weights="random", image_size=32, seed=3).model
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+    return str(path)
+
+
+def config_of(images: Path, weights: str, methods: list[str], **settings: Any) -> Config:
+    return small_config(
+        images,
+        ("first",),
+        methods=methods,
+        backbone={"weights": weights},
+        finetune={**SETTINGS, **settings.pop("finetune", {})},
+        **settings,
+    )
+
+
+def run_trained(config: Config, run: RunDirectory, cluster: Cluster, console: Console | None = None) -> int:
+    return finetune(config, open_tasks(config), run, cluster, console or Console(quiet=True))
+
+
+def rows_of(run: RunDirectory, stage: str, kind: str = "*") -> pd.DataFrame:
+    return run.read_frame(
+        str(p.relative_to(run.uri)) for p in Path(run.uri, stage).rglob(f"kind={kind}/*.parquet")
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(
+    images: Path, weights: str, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> RunDirectory:
+    run = RunDirectory(str(tmp_path_factory.mktemp("run")))
+    config = config_of(images, weights, list(METHODS), grid={"target_size": [16], "steps": [5]})
+    works = open_tasks(config)
+    for stage in (extract, sweep, evaluate, finetune):
+        stage(config, works, run, cluster, Console(quiet=True))
+    return run
+
+
+def test_all_nine_methods_have_results_in_the_same_columns(finished: RunDirectory) -> None:
+    results = rows_of(finished, "results")
+    assert results.groupby("method")["seed"].apply(list).to_dict() == {method: [0, 1] for method in METHODS}
+    trained = rows_of(finished, "results", "trained")
+    assert set(rows_of(finished, "results", "frozen")) <= set(trained)
+    assert (trained["test_accuracy"] == trained["n_correct"] / trained["n_test"]).all()
+    assert (trained["modelled_flops"] > 0).all()
+    trials = rows_of(finished, "trials", "trained")
+    assert trials.groupby("method").size().to_dict() == {"scratch": 4, "finetune": 4, "head2toe_ft": 4}
+    assert set(rows_of(finished, "trials", "frozen")) <= set(trials)
+    assert not list(Path(finished.uri, "checkpoints").rglob("*.safetensors"))
+
+
+def test_head2toe_ft_plus_takes_what_validated_better(finished: RunDirectory) -> None:
+    selected = rows_of(finished, "selected").set_index("method")["validation_accuracy"]
+    better = "head2toe_ft" if selected["head2toe_ft"] > selected["head2toe"] else "head2toe"
+    assert selected["head2toe_ft_plus"] == selected[better]
+    results = rows_of(finished, "results").set_index(["method", "seed"])["test_accuracy"]
+    assert results["head2toe_ft_plus"].to_dict() == results[better].to_dict()
+    assert set(rows_of(finished, "selected", "trained")["source"].dropna()) == {better}
+
+
+def test_head2toe_ft_reads_what_the_frozen_head_kept(finished: RunDirectory) -> None:
+    results = rows_of(finished, "results").set_index(["method", "seed"])
+    columns = ["target_size", "keep_fraction", "coefficient", "n_kept", "n_features"]
+    pd.testing.assert_frame_equal(results.loc["head2toe_ft", columns], results.loc["head2toe", columns])
+    assert (results.loc["finetune", "weights"] == results.loc["head2toe", "weights"]).all()
+    assert results.loc["scratch", "weights"].tolist() == ["random, seed 0", "random, seed 1"]
+
+
+def test_what_is_lost_is_trained_again_to_the_same_rows(
+    finished: RunDirectory, images: Path, weights: str, cluster: Cluster, console: Console
+) -> None:
+    config = config_of(images, weights, list(METHODS), grid={"target_size": [16], "steps": [5]})
+    order = ["method", "seed"]
+    before = rows_of(finished, "results", "trained").sort_values(order, ignore_index=True)
+    lost = [
+        next(Path(finished.uri).rglob(name)) for name in ("head2toe_ft-seed-1*", "scratch-rate-0.1*fold-1*")
+    ]
+    times = {path: path.stat().st_mtime_ns for path in Path(finished.uri).rglob("kind=trained/*")}
+    for path in (*lost, *Path(finished.uri, "results").rglob("kind=trained/*")):
+        path.unlink()
+    assert run_trained(config, finished, cluster) == 2
+    after = rows_of(finished, "results", "trained").sort_values(order, ignore_index=True)
+    measured = ["train_seconds", "peak_memory_bytes"]
+    pd.testing.assert_frame_equal(after.drop(columns=measured), before.drop(columns=measured))
+    rewritten = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
+    assert {path.name for path in rewritten if "results" not in path.parts} == {path.name for path in lost}
+    assert run_trained(config, finished, cluster, console) == 0
+    assert output(console).count("nothing to do") == 2
+
+
+def one_trial(
+    config: Config, steps: int = 4, rate: float = 0.1, fold: int | None = 0
+) -> tuple[TaskWork, TrainedTrial]:
+    (work,) = open_tasks(config)
+    settings = replace(trained_search_space(config, "finetune", None)[0], learning_rate=rate, steps=steps)
+    return work, trained_trial(work, settings, 0, fold, None)
+
+
+def test_a_training_that_diverges_leaves_a_row_with_its_step(
+    images: Path, weights: str, tmp_path: Path
+) -> None:
+    run = RunDirectory(str(tmp_path))
+    config = config_of(images, weights, ["finetune"], finetune={"learning_rate": [1e30, 0.1], "folds": 1})
+    trials = [one_trial(config, steps=40, rate=rate)[1] for rate in (1e30, 0.1)]
+    work = open_tasks(config)[0]
+    for trial in trials:
+        run_trial(work, trial, None, run)
+    failed, done = (run.read_frame([trial.file]).iloc[0] for trial in trials)
+    assert failed["status"] == "failed"
+    assert failed["learning_rate"] == 1e30
+    assert 1 < failed["diverged_at"] <= 40
+    assert np.isnan(failed["validation_accuracy"])
+    assert done["status"] == "done"
+    write_trained_selected(work, trials, None, run)
+    (chosen,) = read_trained_selected(work, trials, run)
+    assert chosen.learning_rate == 0.1
+    with pytest.raises(UserError, match=r"first: the loss of finetune was not finite .*rate 1e\+30 at step"):
+        write_trained_selected(work, trials[:1], None, run)
+
+
+KILLED = """
+from tests.pipelines.test_finetune import *
+config = config_of(Path({images!r}), {weights!r}, ["finetune"])
+run_trial(*one_trial(config, steps=80), None, RunDirectory({run!r}))
+"""
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint(images: Path, weights: str, tmp_path: Path) -> None:
+    run, undisturbed = RunDirectory(str(tmp_path / "killed")), RunDirectory(str(tmp_path / "undisturbed"))
+    work, trial = one_trial(config_of(images, weights, ["finetune"]), steps=80)
+    code = KILLED.format(images=str(images), weights=weights, run=run.uri)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    while process.poll() is None and not run.names(checkpoint_folder(work)):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    (checkpoint,) = run.names(checkpoint_folder(work))
+    assert 0 < int(load(run.read(checkpoint))["step"]) < 80
+    assert not run.exists(trial.file)
+    run_trial(work, trial, None, run)
+    run_trial(work, trial, None, undisturbed)
+    rows = [directory.read_frame([trial.file]).drop(columns="seconds") for directory in (run, undisturbed)]
+    pd.testing.assert_frame_equal(*rows)
+
+
+def test_two_workers_train_what_one_does(
+    images: Path, weights: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Batch norm is frozen: on batch statistics each worker would normalise its own part."""
+    states = []
+    for workers in (1, 2):
+        finetune = {"batch_norm": "frozen", "workers_per_trial": workers}
+        config = config_of(images, weights, ["finetune"], finetune=finetune)
+        run = RunDirectory(str(tmp_path / str(workers)))
+        work, trial = one_trial(config, fold=None)
+        run_missing(config, [work], {"first": [trial]}, "heads", run, cluster, Console(quiet=True))
+        states.append(load(run.read(trial.file)))
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("methods", "changes", "message"),
+    [
+        (["finetune"], {"backbone": {"weights": "random"}}, "finetune start from pretrained weights"),
+        (["head2toe_ft"], {}, "head2toe_ft builds on head2toe"),
+        (["scratch"], {"finetune": {"folds": 3}}, r"at most cross_validation.n_folds \(2\), got 3"),
+        (["scratch"], {"finetune": {"folds": 0}}, "folds: 0 leaves nothing to choose by"),
+        (["scratch"], {"finetune": {"seeds": [5]}}, r"expected some of seeds \[0, 1\], got \[5\]"),
+    ],
+)
+def test_recipes_that_can_not_work_are_refused(
+    images: Path, weights: str, methods: list[str], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        small_config(
+            images,
+            ("first",),
+            methods=methods,
+            **{"backbone": {"weights": weights}, "finetune": SETTINGS, **changes},
+        )
+
+
+def test_more_workers_than_the_cluster_holds_are_refused(
+    images: Path, weights: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    config = config_of(images, weights, ["finetune"], finetune={"workers_per_trial": 5})
+    work, trial = one_trial(config)
+    with pytest.raises(UserError, match="5 workers of 1 CPUs and 0 GPUs do not fit the cluster's 4 CPUs"):
+        run_missing(
+            config, [work], {"first": [trial]}, "trials", RunDirectory(str(tmp_path)), cluster, Console()
+        )
