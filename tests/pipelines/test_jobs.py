@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -17,13 +19,15 @@ SCRIPT = """
 ip link set lo up
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | base64 | tr -d '=/+')
 start="ray start --block --num-cpus=2 --object-store-memory=300000000 --disable-usage-stats"
-$start --head --port=6399 --dashboard-port=8299 --temp-dir=$SCRATCH/head >$SCRATCH/head.log 2>&1 &
+$start --head --port=6399 --dashboard-port=8299 --temp-dir=$SOCKETS/head >$SCRATCH/head.log 2>&1 &
 head=$!
 trap 'kill $head $worker 2>/dev/null; wait' EXIT
 worker=
 dashboard=http://127.0.0.1:8299
-for _ in $(seq 60); do ray job list --address $dashboard >/dev/null 2>&1 && break; sleep 1; done
-$start --address=127.0.0.1:6399 --temp-dir=$SCRATCH/worker >$SCRATCH/worker.log 2>&1 &
+for _ in $(seq 60); do
+  kill -0 $head; ray job list --address $dashboard >/dev/null 2>&1 && break; sleep 1
+done
+$start --address=127.0.0.1:6399 --temp-dir=$SOCKETS/worker >$SCRATCH/worker.log 2>&1 &
 worker=$!
 alive() { ray list nodes --address $dashboard 2>/dev/null | grep -c ALIVE || true; }
 for _ in $(seq 60); do [ "$(alive)" = 2 ] && break; sleep 1; done
@@ -36,15 +40,23 @@ def namespaces_are_allowed() -> bool:
     return subprocess.run(probe, capture_output=True, check=False).returncode == 0
 
 
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """Ray keeps sockets in its folder, whose paths may have 107 characters at most."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
 @pytest.mark.skipif(not namespaces_are_allowed(), reason="needs unprivileged network namespaces")
 @pytest.mark.timeout(400)
-def test_a_submitted_job_runs_on_two_nodes(tmp_path: Path) -> None:
+def test_a_submitted_job_runs_on_two_nodes(tmp_path: Path, short_folder: str) -> None:
     write_task(tmp_path, "first")
     config = small_config(tmp_path, ("first",), resources={"actors": 2})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     environment = {
         **os.environ,
         "SCRATCH": str(tmp_path),
+        "SOCKETS": short_folder,
         "PYTHON": sys.executable,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(Path(__file__).parents[2]),
