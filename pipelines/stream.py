@@ -56,19 +56,20 @@ def stream_shards(
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = config.resources.no_progress_timeout_s
     rows = [{"shard": number} for number in range(len(shards))]
-    decoding = {
-        "shards": list(shards),
-        "works": {w.task.name: w for w in works},
-        "preprocessing": preprocessing,
-    }
+    # By reference: what is larger than a few kilobytes does not belong into the arguments of every task.
+    common = ray.put(
+        {"shards": list(shards), "works": {w.task.name: w for w in works}, "preprocessing": preprocessing}
+    )
     pipeline = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(decode_shard, batch_size=1, batch_format="pyarrow", fn_kwargs=decoding, num_cpus=1)
+        .map_batches(
+            decode_shard, batch_size=1, batch_format="pyarrow", fn_kwargs={"common": [common]}, num_cpus=1
+        )
         .map_batches(
             actor,
             batch_size=1,
             batch_format="pyarrow",
-            fn_constructor_kwargs={"shards": list(shards), **arguments},
+            fn_constructor_kwargs={"common": [common], **arguments},
             compute=ActorPoolStrategy(size=count),
             num_gpus=gpus or None,
             num_cpus=None if gpus else config.resources.cpus_per_actor,
@@ -95,12 +96,7 @@ def process_shards(
     UserError that lists the images that can't be read, where the recipe refuses those.
     """
     preprocessing = preprocessing_of(config.backbone, load(config.backbone))
-    parts = {
-        "run": run,
-        "works": {work.task.name: work for work in works},
-        "step": step,
-        "arguments": arguments,
-    }
+    parts = {"run": run, "step": step, "arguments": arguments}
     n_images, bad = 0, []
     with StageProgress(console, stage, sum(len(shard.indices) for shard in shards), "images") as progress:
         for row in stream_shards(shards, works, preprocessing, ShardActor, parts, config, cluster):
@@ -117,13 +113,13 @@ class ShardActor:
 
     def __init__(
         self,
-        shards: list[Shard],
+        common: list[ray.ObjectRef],
         run: RunDirectory,
-        works: dict[str, TaskWork],
         step: Callable[..., Any],
         arguments: dict[str, Any],
     ) -> None:
-        self.shards, self.run, self.works = shards, run, works
+        known = ray.get(common[0])
+        self.run, self.shards, self.works = run, known["shards"], known["works"]
         self.step = step(**arguments)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -162,13 +158,12 @@ def user_cause(error: BaseException) -> BaseException:
     return error
 
 
-def decode_shard(
-    batch: pa.Table, shards: list[Shard], works: dict[str, TaskWork], preprocessing: Preprocessing
-) -> pa.Table:
+def decode_shard(batch: pa.Table, common: list[ray.ObjectRef]) -> pa.Table:
     """Read and decode one shard: pixels uint8 back to back, the height and width of each image, bad rows."""
+    known = ray.get(common[0])
     number = batch["shard"][0].as_py()
-    shard = shards[number]
-    work = works[shard.task]
+    shard, preprocessing = known["shards"][number], known["preprocessing"]
+    work = known["works"][shard.task]
     bad = [row for row in work.bad_rows if row.split == shard.split and row.index in shard.indices]
     usable = sorted(set(shard.indices) - {row.index for row in bad})
     pixels, kept = [], []

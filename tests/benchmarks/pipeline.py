@@ -54,7 +54,6 @@ def through_ray(works: list[TaskWork], run: RunDirectory, actors: int) -> tuple[
     preprocessing = preprocessing_of(config.backbone, load(config.backbone))
     arguments = {
         "run": run,
-        "works": {work.task.name: work for work in works},
         "step": FeatureWriter,
         "arguments": {"run": run, "config": config},
     }
