@@ -1,4 +1,4 @@
-"""Stage 4: result rows to tables, figures and one page, in the run directory's ``report/``."""
+"""Stage 5: result rows to tables, figures and one page, in the run directory's ``report/``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ __all__ = ["report"]
 def report(
     config: Config, works: Sequence[TaskWork], run: RunDirectory, cluster: Cluster, console: Console
 ) -> None:
-    """Stage 4: tables and figures of the tasks of this recipe, from the files of the other stages."""
+    """Stage 5: tables and figures of the tasks of this recipe, from the files of the other stages."""
     frames = {
         stage: run.read_frame(
             name for work in works for name in run.names(work.folder(stage), recursive=True)

@@ -1,4 +1,4 @@
-"""Stage 4: the results as tables (Parquet, CSV, Markdown, LaTeX), figures (SVG, PNG) and one page (HTML).
+"""Stage 5: the results as tables (Parquet, CSV, Markdown, LaTeX), figures (SVG, PNG) and one page (HTML).
 
 Everything but ``write_report`` is a pure function: the same frames give the same bytes.
 """
