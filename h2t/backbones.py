@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
@@ -66,11 +65,13 @@ def load_backbone(
 
     Raises UserError for an unknown name or variant, and for weights that cannot be had or do not fit.
     """
+    from timm import get_pretrained_cfg  # here: it takes seconds, which most workers have no use for
+
     preset = PRESETS.get(name)
     timm_name = preset.timm_name if preset else _checked_timm_name(name)
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    config = timm.get_pretrained_cfg(timm_name)
+    config = get_pretrained_cfg(timm_name)
     own_size = config.input_size[-1]
     size = image_size or (preset.image_size if preset else own_size)
     # Only some models are built for one size; to the others an img_size would be an unknown argument.
@@ -88,10 +89,12 @@ def load_backbone(
 
 
 def _checked_timm_name(name: str) -> str:
+    from timm import is_model, list_models, list_pretrained
+
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise unknown("backbone", name, [*PRESETS, *timm.list_models(f"{architecture[:4]}*")][:40])
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if not is_model(architecture):
+        raise unknown("backbone", name, [*PRESETS, *list_models(f"{architecture[:4]}*")][:40])
+    tags = [full.partition(".")[2] for full in list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise unknown(f"weights tag of {architecture}", tag, tags)
     return name
@@ -130,9 +133,11 @@ def _create(
 
 def _seeded_model(timm_name: str, arguments: dict[str, Any], seed: int, **pretrained: Any) -> nn.Module:
     """The model with random weights that are the same every time, unless ``pretrained`` says otherwise."""
+    from timm import create_model
+
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return timm.create_model(timm_name, **arguments, **pretrained)
+        return create_model(timm_name, **arguments, **pretrained)
 
 
 def _taps(

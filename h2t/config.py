@@ -108,6 +108,7 @@ class Resources(_Section):
     memory_per_trial_gb: Positive = 8.0
     shard_size: Count = 250
     batch_size: Count = 50
+    feature_compression: Literal["none", "zstd"] = "none"
     max_failures: Annotated[int, Field(ge=0)] = 2
     no_progress_timeout_s: Annotated[float, Field(ge=10)] = 120.0
 

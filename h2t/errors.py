@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
     """The error for a name that is not among ``choices``, with the nearest ones first."""
-    known = list(choices)
+    known = list(dict.fromkeys(choices))
     near = get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return UserError(f"unknown {kind} '{name}': {hint}expected one of {', '.join(known)}")

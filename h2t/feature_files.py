@@ -1,11 +1,18 @@
-"""Features on disk: one row per image, one plain fixed-size list of float32 per tap."""
+"""Features on disk: one row per image, one plain fixed-size list of float32 per tap.
 
-from collections.abc import Sequence
+The columns are declared without nulls, which is worth FIXME times the speed of writing and FIXME of reading.
+They are not compressed unless asked for.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from h2t.errors import UserError
@@ -13,18 +20,83 @@ from h2t.features import FeatureLayout
 from h2t.store import RunDirectory
 
 KEYS = ("index", "label")
+Compression = Literal["none", "zstd"]
 
 
-def parquet_options(table: pa.Table) -> dict[str, Any]:
-    """How feature tables are encoded: zstd level 1 over byte-stream-split values, no dictionaries."""
-    split = [f"{name}.list.element" for name in table.column_names if name not in KEYS]
-    return {
-        "compression": "zstd",
-        "compression_level": 1,
-        "use_dictionary": False,
-        "write_statistics": False,
-        "use_byte_stream_split": split,
-    }
+def feature_schema(layout: FeatureLayout) -> pa.Schema:
+    """The columns of a feature file: index and label int32, and a list of float32 per tap; no nulls."""
+    keys = [pa.field(name, pa.int32(), nullable=False) for name in KEYS]
+    value = pa.field("element", pa.float32(), nullable=False)
+    taps = [
+        pa.field(name, pa.list_(value, width), nullable=False)
+        for name, width in zip(layout.taps, layout.widths, strict=True)
+    ]
+    return pa.schema([*keys, *taps])
+
+
+def feature_table(
+    index: np.ndarray, labels: np.ndarray, taps: Sequence[torch.Tensor], layout: FeatureLayout
+) -> pa.Table:
+    """Rows as a table; ``taps`` are float32 [n, width] in the order of ``layout``."""
+    schema = feature_schema(layout)
+    columns = [pa.array(index, pa.int32()), pa.array(labels, pa.int32())]
+    for values, field in zip(taps, list(schema)[len(KEYS) :], strict=True):
+        flat = pa.array(values.cpu().contiguous().numpy().reshape(-1))
+        columns.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def parquet_options(layout: FeatureLayout, compression: Compression = "none") -> dict[str, Any]:
+    """How feature tables are encoded."""
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    if compression == "zstd":
+        split = [f"{name}.list.element" for name in layout.taps]
+        options |= {"compression": "zstd", "compression_level": 1, "use_byte_stream_split": split}
+    return options
+
+
+def write_features(
+    run: RunDirectory,
+    names: Mapping[int, str],
+    layouts: Mapping[int, FeatureLayout],
+    index: np.ndarray,
+    labels: np.ndarray,
+    batches: Iterable[Mapping[int, Sequence[torch.Tensor]]],
+    compression: Compression = "none",
+) -> None:
+    """Write one feature file per target size, each whole or not at all.
+
+    ``names`` and ``layouts``: by target size; ``index``, ``labels`` integer [n]: of all rows; ``batches``:
+    the features of consecutive rows, per target size one float32 [b, width] per tap. A batch becomes a row
+    group and is written by a thread while the next one is computed, so memory holds two batches.
+    """
+    with ExitStack() as files, ThreadPoolExecutor(1) as thread:
+        writers = {}
+        for size, name in names.items():
+            sink, options = (
+                files.enter_context(run.writing(name)),
+                parquet_options(layouts[size], compression),
+            )
+            writers[size] = files.enter_context(
+                pq.ParquetWriter(sink, feature_schema(layouts[size]), **options)
+            )
+        start, pending = 0, Future[None]()
+        pending.set_result(None)
+        for batch in batches:
+            stop = start + len(next(iter(batch.values()))[0])
+            tables = {
+                size: feature_table(index[start:stop], labels[start:stop], batch[size], layouts[size])
+                for size in names
+            }
+            pending.result()
+            pending = thread.submit(_write_row_groups, writers, tables)
+            start = stop
+        pending.result()
+
+
+def _write_row_groups(writers: Mapping[int, pq.ParquetWriter], tables: Mapping[int, pa.Table]) -> None:
+    for size, table in tables.items():
+        writers[size].write_table(table)
 
 
 @dataclass(frozen=True)
@@ -38,17 +110,6 @@ class FeatureMatrix:
     labels: np.ndarray
     index: np.ndarray
     layout: FeatureLayout
-
-
-def feature_table(
-    index: np.ndarray, labels: np.ndarray, taps: Sequence[torch.Tensor], layout: FeatureLayout
-) -> pa.Table:
-    """Rows of a shard as a table; ``taps`` are float32 [n, width] in the order of ``layout``."""
-    columns = {"index": pa.array(index, pa.int32()), "label": pa.array(labels, pa.int32())}
-    for name, values in zip(layout.taps, taps, strict=True):
-        flat = pa.array(values.contiguous().numpy().reshape(-1))
-        columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-    return pa.table(columns)
 
 
 def read_features(

@@ -10,7 +10,6 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import get_session
 from safetensors.torch import load_file
-from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from h2t.errors import UserError
@@ -145,6 +144,8 @@ def _shipped_file(timm_name: str) -> Path:
 
 def _hub_file(timm_name: str) -> Path:
     """The weights file in the hub's local cache, downloaded where it is not there yet."""
+    from timm import get_pretrained_cfg  # here: it takes seconds, which most workers have no use for
+
     config = get_pretrained_cfg(timm_name)
     repository = config.hf_hub_id if config else None
     if not repository:

@@ -7,12 +7,11 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from h2t.config import Config
 from h2t.costs import BackboneCost, measure_backbone
-from h2t.feature_files import feature_table, parquet_options
+from h2t.feature_files import write_features
 from h2t.features import FeatureLayout
 from h2t.store import RunDirectory
 from h2t.taps import feature_layout
@@ -145,9 +144,12 @@ class FeatureWriter:
 
     def __call__(self, work: TaskWork, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
         """Write the shard's file of every target size."""
-        batches = list(self.features.read(images))
-        for size, layout in self.layouts.items():
-            taps = [torch.cat([part[size][tap].cpu() for part in batches]) for tap in range(len(layout.taps))]
-            table = feature_table(index, work.labels[shard.split][index], taps, layout)
-            options = {"row_group_size": len(table) or 1, **parquet_options(table)}
-            self.run.write_table(work.feature_file(shard, size), table, **options)
+        write_features(
+            self.run,
+            {size: work.feature_file(shard, size) for size in self.layouts},
+            self.layouts,
+            index,
+            work.labels[shard.split][index],
+            self.features.read(images),
+            work.config.resources.feature_compression,
+        )

@@ -60,4 +60,6 @@ class StageProgress:
         seconds = max(time.monotonic() - self.started, 1e-9)
         rate = self.done / seconds
         short = {"images": "img"}.get(self.unit, self.unit)
+        if 0 < rate < 0.5:
+            return f"{1 / rate:.2g} s per {self.unit.removesuffix('s')}"
         return f"{rate:.0f} {short}/s" if rate >= 10 else f"{rate:.2g} {short}/s"

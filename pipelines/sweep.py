@@ -64,17 +64,19 @@ def _run_trials(
     packs = packed(trials, at_once or slots(cluster, resources))
     by_name = {work.task.name: work for work in works}
     cache = FeatureCache.options(num_cpus=0).remote(run, by_name)  # type: ignore[attr-defined]
-    with StageProgress(console, "sweep", len(trials), "trials") as progress:
-        run_trials(
-            _run_pack,
-            {"packs": packs, "works": by_name, "run": run, "cache": cache},
-            len(packs),
-            resources=resources,
-            at_once=at_once,
-            max_failures=config.resources.max_failures,
-            on_done=lambda number: progress.advance(len(packs[number]), packs[number][0].task),
-        )
-    ray.kill(cache)
+    try:
+        with StageProgress(console, "sweep", len(trials), "trials") as progress:
+            run_trials(
+                _run_pack,
+                {"packs": packs, "works": by_name, "run": run, "cache": cache},
+                len(packs),
+                resources=resources,
+                at_once=at_once,
+                max_failures=config.resources.max_failures,
+                on_done=lambda number: progress.advance(len(packs[number]), packs[number][0].task),
+            )
+    finally:
+        ray.kill(cache)
 
 
 def packed(trials: Sequence[Trial], n_slots: int) -> list[list[Trial]]:
