@@ -1,37 +1,61 @@
-"""Images per second of a backbone alone, and with its taps pooled to all target sizes.
+"""Images per second of a backbone alone, with its taps pooled to all target sizes, and written as well.
 
-Run ``python tests/benchmarks/extraction.py``. Everything runs in one process on one thread; the variants take
-turns, so that whatever else the machine does strikes all of them, and ratios are medians over the rounds.
+    python -m tests.benchmarks.extraction [--rounds 7] [--bfloat16]
+
+Everything runs in one process with one thread for the backbone and one that writes; the variants take turns,
+so that whatever else the machine does strikes all of them, and ratios are medians over the rounds. Processor
+time is what the work costs; wall time is what it takes where a second core writes while the first computes.
 """
 
-import statistics
+import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
+from statistics import median
 
+import numpy as np
 import torch
+from tabulate import tabulate
 
 from h2t.backbones import Backbone, load_backbone
-from h2t.taps import TapReader
+from h2t.feature_files import write_features
+from h2t.store import RunDirectory
+from h2t.taps import TapReader, feature_layout
 
-# backbone, image size in pixels, batch, target sizes, the largest overhead that we promise
+# backbone, image size in pixels, images in a batch, target sizes, the largest overhead that was asked for
 CASES = (
     ("efficientnet_lite0", 128, 32, (512, 4096, 16384), 0.30),
     ("resnet50", 240, 8, (512, 8192, 24576), 0.10),
 )
+BATCHES = 3
+Times = tuple[float, float]
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Processor time, which other programs on the machine disturb less than the clock on the wall."""
-    start = time.process_time()
+def seconds(work: Callable[[], object]) -> Times:
+    """Processor and wall time."""
+    processor, wall = time.process_time(), time.perf_counter()
     with torch.inference_mode():
         work()
-    return time.process_time() - start
+    return time.process_time() - processor, time.perf_counter() - wall
 
 
-def pooled(backbone: Backbone, targets: tuple[int, ...], images: torch.Tensor) -> float:
+def forward(model: torch.nn.Module, images: torch.Tensor) -> None:
+    for _ in range(BATCHES):
+        model(images)
+
+
+def pooled(backbone: Backbone, targets: tuple[int, ...], images: torch.Tensor) -> Times:
     with TapReader(backbone, targets) as reader:
-        return seconds(lambda: reader(images))
+        return seconds(lambda: [reader(images) for _ in range(BATCHES)] and None)
+
+
+def written(backbone: Backbone, targets: tuple[int, ...], images: torch.Tensor, folder: str) -> Times:
+    rows = np.zeros(len(images) * BATCHES, np.int32)
+    layouts = {size: feature_layout(backbone, size) for size in targets}
+    names = {size: f"{size}.parquet" for size in targets}
+    with TapReader(backbone, targets) as reader:
+        batches = (reader(images) for _ in range(BATCHES))
+        return seconds(lambda: write_features(RunDirectory(folder), names, layouts, rows, rows, batches))
 
 
 def measure(
@@ -42,25 +66,32 @@ def measure(
     default.model.to(memory_format=torch.contiguous_format)
     planes = torch.randn(batch, 3, size, size)
     images = planes.contiguous(memory_format=torch.channels_last)
-    variants: dict[str, Callable[[], float]] = {
-        "channels last": lambda: seconds(lambda: backbone.model(images)),
-        "channels last, pooled": lambda: pooled(backbone, targets, images),
-        "channels first": lambda: seconds(lambda: default.model(planes)),
-    }
-    if bfloat16:
-        rough = load_backbone(name, weights="random", image_size=size, dtype="bfloat16")
-        variants["bfloat16, pooled"] = lambda: pooled(rough, targets, images)
-    times = {variant: [work()] for variant, work in variants.items()}  # the first round warms up
-    for _ in range(rounds):
-        for variant, work in variants.items():
-            times[variant].append(work())
-    print(f"\n{name}, {size} px, batches of {batch}, T = {targets}, overhead promised: {limit:.0%}")
+    with tempfile.TemporaryDirectory() as folder:
+        variants: dict[str, Callable[[], Times]] = {
+            "backbone alone": lambda: seconds(lambda: forward(backbone.model, images)),
+            "pooled": lambda: pooled(backbone, targets, images),
+            "pooled and written": lambda: written(backbone, targets, images, folder),
+            "backbone alone, channels first": lambda: seconds(lambda: forward(default.model, planes)),
+        }
+        if bfloat16:
+            rough = load_backbone(name, weights="random", image_size=size, dtype="bfloat16")
+            variants["pooled, bfloat16"] = lambda: pooled(rough, targets, images)
+        times = {variant: [work()] for variant, work in variants.items()}  # the first round warms up
+        for _ in range(rounds):
+            for variant, work in variants.items():
+                times[variant].append(work())
+    rows, alone = [], times["backbone alone"][1:]
     for variant, values in times.items():
-        ratios = [a / b for a, b in zip(values[1:], times["channels last"][1:], strict=True)]
-        print(
-            f"{variant:24} {batch / statistics.median(values[1:]):8.1f} images/s"
-            f"   time against channels last: {statistics.median(ratios):.2f}"
+        processor, wall = (
+            median(mine[clock] / base[clock] for mine, base in zip(values[1:], alone, strict=True))
+            for clock in (0, 1)
         )
+        speed = batch * BATCHES / median(wall for _, wall in values[1:])
+        rows.append(
+            {"": variant, "images/s": speed, "processor time": processor, "wall time": wall},
+        )
+    title = f"{name}, {size} px, batches of {batch}, T = {targets}, overhead asked for: {limit:.0%}"
+    print(f"\n{title}", tabulate(rows, headers="keys", floatfmt=".3g"), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from h2t.feature_files import feature_table, parquet_options, read_features
+from h2t.feature_files import KEYS, read_features, write_features
 from h2t.features import FeatureLayout
 from h2t.store import RunDirectory
 
@@ -63,12 +63,23 @@ def encode(
     return sink.getvalue()
 
 
-def encodings(table: pa.Table, raw: int) -> Table:
+def with_nulls_allowed(table: pa.Table) -> pa.Table:
+    """The same columns as pyarrow declares them when nothing is said."""
+    taps = [
+        pa.field(field.name, pa.list_(pa.float32(), field.type.list_size))
+        for field in list(table.schema)[len(KEYS) :]
+    ]
+    return table.cast(pa.schema([*(pa.field(name, pa.int32()) for name in KEYS), *taps]))
+
+
+def encodings(declared: pa.Table, raw: int) -> Table:
     """Size, and speed of writing and reading, of each encoding."""
     shown = Table("encoding", "bytes / raw", "write MB/s of raw", "read MB/s of raw")
-    for name, options in ENCODINGS.items():
+    variants = {name: (declared, options) for name, options in ENCODINGS.items()}
+    variants["none, nulls allowed"] = with_nulls_allowed(declared), ENCODINGS["none"]
+    for name, (table, options) in variants.items():
         data = encode(table, **options)
-        writing = seconds(lambda options=options: encode(table, **options))
+        writing = seconds(lambda table=table, options=options: encode(table, **options))
         reading = seconds(lambda data=data: pq.read_table(io.BytesIO(data), use_threads=False))
         shown.add_row(
             name, f"{len(data) / raw:.2f}", f"{raw / writing / 1e6:.0f}", f"{raw / reading / 1e6:.0f}"
@@ -99,18 +110,20 @@ def reading(run: RunDirectory, names: list[str], title: str) -> Table:
 
 
 def write_large(
-    run: RunDirectory, n_images: int = 1000, n_features: int = 467_688, shard: int = 250
+    run: RunDirectory, n_images: int = 1000, n_features: int = 467_688, shard: int = 250, batch: int = 50
 ) -> list[str]:
     """Feature files of 52 taps with values drawn like activations."""
     layout = FeatureLayout(tuple(f"tap{i}" for i in range(52)), (8994,) * 52)
     assert layout.n_features == n_features
     names, generator = [], torch.Generator().manual_seed(0)
     for start in range(0, n_images, shard):
-        taps = [torch.randn(shard, width, generator=generator).clamp_(min=0) for width in layout.widths]
+        batches = (
+            {512: [torch.randn(batch, width, generator=generator).clamp_(min=0) for width in layout.widths]}
+            for _ in range(shard // batch)
+        )
         rows = np.arange(start, start + shard)
-        table = feature_table(rows, rows % 10, taps, layout)
         names.append(f"part-{start}.parquet")
-        run.write_table(names[-1], table, row_group_size=shard, **parquet_options(table))
+        write_features(run, {512: names[-1]}, {512: layout}, rows, rows % 10, batches)
     return names
 
 

@@ -11,12 +11,13 @@ import argparse
 import tempfile
 import time
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from h2t.config import load_config
-from h2t.feature_files import feature_table, parquet_options
+from h2t.feature_files import write_features
 from h2t.images import prepare
 from h2t.store import RunDirectory
 from h2t.taps import feature_layout
@@ -38,11 +39,9 @@ def plain_loop(works: list[TaskWork], run: RunDirectory, threads: int) -> float:
     for work in works:
         for shard in work.shards("train"):
             images = [prepare(image, reader.preprocessing) for image in work.read("train", shard.indices)]
-            batches = list(reader.read(images))
-            for size, layout in layouts.items():
-                taps = [torch.cat([part[size][tap] for part in batches]) for tap in range(len(layout.taps))]
-                table = feature_table(shard.indices, work.labels["train"][list(shard.indices)], taps, layout)
-                run.write_table(work.feature_file(shard, size), table, **parquet_options(table))
+            names = {size: work.feature_file(shard, size) for size in layouts}
+            labels = work.labels["train"][list(shard.indices)]
+            write_features(run, names, layouts, np.array(shard.indices), labels, reader.read(images))
             count += len(images)
     return count / (time.perf_counter() - started)
 

@@ -16,7 +16,12 @@ from rich.console import Console
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 from h2t.config import Config, parse_config
+from h2t.store import RunDirectory
 from pipelines.cluster import Cluster, connect
+from pipelines.run import STAGES, run_stages
+
+# Tests on the session's Ray run in one of the test processes, so that there is only one Ray.
+ON_CLUSTER = [pytest.mark.usefixtures("cluster"), pytest.mark.xdist_group("cluster")]
 
 
 @pytest.fixture(scope="session")
@@ -82,8 +87,26 @@ def small_config(root: Path, tasks: tuple[str, ...] = ("first", "second"), **set
         },
         "cross_validation": {"n_folds": 2},
         "seeds": [0, 1],
-        "resources": {"shard_size": 8, "batch_size": 4},
+        # One worker of each kind: starting a process takes longer than all the work of such a run.
+        "resources": {"shard_size": 8, "batch_size": 4, "actors": 1, "concurrent_trials": 1},
     }
     for key, value in settings.items():
         data[key] = {**data[key], **value} if isinstance(data.get(key), dict) else value  # type: ignore[dict-item]
     return parse_config(data, "test")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks, "first" and "second"."""
+    root = tmp_path_factory.mktemp("images")
+    write_task(root, "first")
+    write_task(root, "second", n_train=30, n_test=9, seed=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(images: Path, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """An undisturbed run of the small recipe; a test that changes its files leaves them as they were."""
+    run = RunDirectory(str(tmp_path_factory.mktemp("run")))
+    run_stages(small_config(images), run.uri, list(STAGES), Console(quiet=True))
+    return run

@@ -1,8 +1,10 @@
 """Methods that train the backbone, on a real Ray: their rows, the two ways to run one, faults, resumption."""
 
-import subprocess
-import sys
+import os
+import signal
+import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,17 +35,10 @@ from pipelines.trained_trials import (
     trained_search_space,
     trained_trial,
 )
-from tests.pipelines.conftest import output, small_config, write_task
+from tests.pipelines.conftest import ON_CLUSTER, output, small_config
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = ON_CLUSTER
 SETTINGS = {"learning_rate": [0.1, 0.01], "steps": [4], "batch_size": 8, "checkpoint_every": 2}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    write_task(root, "first")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +72,7 @@ def rows_of(run: RunDirectory, stage: str, kind: str = "*") -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def finished(
+def all_methods(
     images: Path, weights: str, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
 ) -> RunDirectory:
     run = RunDirectory(str(tmp_path_factory.mktemp("run")))
@@ -88,30 +83,30 @@ def finished(
     return run
 
 
-def test_all_nine_methods_have_results_in_the_same_columns(finished: RunDirectory) -> None:
-    results = rows_of(finished, "results")
+def test_all_nine_methods_have_results_in_the_same_columns(all_methods: RunDirectory) -> None:
+    results = rows_of(all_methods, "results")
     assert results.groupby("method")["seed"].apply(list).to_dict() == {method: [0, 1] for method in METHODS}
-    trained = rows_of(finished, "results", "trained")
-    assert set(rows_of(finished, "results", "frozen")) <= set(trained)
+    trained = rows_of(all_methods, "results", "trained")
+    assert set(rows_of(all_methods, "results", "frozen")) <= set(trained)
     assert (trained["test_accuracy"] == trained["n_correct"] / trained["n_test"]).all()
     assert (trained["modelled_flops"] > 0).all()
-    trials = rows_of(finished, "trials", "trained")
+    trials = rows_of(all_methods, "trials", "trained")
     assert trials.groupby("method").size().to_dict() == {"scratch": 4, "finetune": 4, "head2toe_ft": 4}
-    assert set(rows_of(finished, "trials", "frozen")) <= set(trials)
-    assert not list(Path(finished.uri, "checkpoints").rglob("*.safetensors"))
+    assert set(rows_of(all_methods, "trials", "frozen")) <= set(trials)
+    assert not list(Path(all_methods.uri, "checkpoints").rglob("*.safetensors"))
 
 
-def test_head2toe_ft_plus_takes_what_validated_better(finished: RunDirectory) -> None:
-    selected = rows_of(finished, "selected").set_index("method")["validation_accuracy"]
+def test_head2toe_ft_plus_takes_what_validated_better(all_methods: RunDirectory) -> None:
+    selected = rows_of(all_methods, "selected").set_index("method")["validation_accuracy"]
     better = "head2toe_ft" if selected["head2toe_ft"] > selected["head2toe"] else "head2toe"
     assert selected["head2toe_ft_plus"] == selected[better]
-    results = rows_of(finished, "results").set_index(["method", "seed"])["test_accuracy"]
+    results = rows_of(all_methods, "results").set_index(["method", "seed"])["test_accuracy"]
     assert results["head2toe_ft_plus"].to_dict() == results[better].to_dict()
-    assert set(rows_of(finished, "selected", "trained")["source"].dropna()) == {better}
+    assert set(rows_of(all_methods, "selected", "trained")["source"].dropna()) == {better}
 
 
-def test_head2toe_ft_reads_what_the_frozen_head_kept(finished: RunDirectory) -> None:
-    results = rows_of(finished, "results").set_index(["method", "seed"])
+def test_head2toe_ft_reads_what_the_frozen_head_kept(all_methods: RunDirectory) -> None:
+    results = rows_of(all_methods, "results").set_index(["method", "seed"])
     columns = ["target_size", "keep_fraction", "coefficient", "n_kept", "n_features"]
     pd.testing.assert_frame_equal(results.loc["head2toe_ft", columns], results.loc["head2toe", columns])
     assert (results.loc["finetune", "weights"] == results.loc["head2toe", "weights"]).all()
@@ -119,24 +114,25 @@ def test_head2toe_ft_reads_what_the_frozen_head_kept(finished: RunDirectory) -> 
 
 
 def test_what_is_lost_is_trained_again_to_the_same_rows(
-    finished: RunDirectory, images: Path, weights: str, cluster: Cluster, console: Console
+    all_methods: RunDirectory, images: Path, weights: str, cluster: Cluster, console: Console
 ) -> None:
     config = config_of(images, weights, list(METHODS), grid={"target_size": [16], "steps": [5]})
     order = ["method", "seed"]
-    before = rows_of(finished, "results", "trained").sort_values(order, ignore_index=True)
+    before = rows_of(all_methods, "results", "trained").sort_values(order, ignore_index=True)
     lost = [
-        next(Path(finished.uri).rglob(name)) for name in ("head2toe_ft-seed-1*", "scratch-rate-0.1*fold-1*")
+        next(Path(all_methods.uri).rglob(name))
+        for name in ("head2toe_ft-seed-1*", "scratch-rate-0.1*fold-1*")
     ]
-    times = {path: path.stat().st_mtime_ns for path in Path(finished.uri).rglob("kind=trained/*")}
-    for path in (*lost, *Path(finished.uri, "results").rglob("kind=trained/*")):
+    times = {path: path.stat().st_mtime_ns for path in Path(all_methods.uri).rglob("kind=trained/*")}
+    for path in (*lost, *Path(all_methods.uri, "results").rglob("kind=trained/*")):
         path.unlink()
-    assert run_trained(config, finished, cluster) == 2
-    after = rows_of(finished, "results", "trained").sort_values(order, ignore_index=True)
+    assert run_trained(config, all_methods, cluster) == 2
+    after = rows_of(all_methods, "results", "trained").sort_values(order, ignore_index=True)
     measured = ["train_seconds", "peak_memory_bytes"]
     pd.testing.assert_frame_equal(after.drop(columns=measured), before.drop(columns=measured))
     rewritten = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
     assert {path.name for path in rewritten if "results" not in path.parts} == {path.name for path in lost}
-    assert run_trained(config, finished, cluster, console) == 0
+    assert run_trained(config, all_methods, cluster, console) == 0
     assert output(console).count("nothing to do") == 2
 
 
@@ -170,26 +166,42 @@ def test_a_training_that_diverges_leaves_a_row_with_its_step(
         write_trained_selected(work, trials[:1], None, run)
 
 
-KILLED = """
-from tests.pipelines.test_finetune import *
-config = config_of(Path({images!r}), {weights!r}, ["finetune"])
-run_trial(*one_trial(config, steps=80), None, RunDirectory({run!r}))
-"""
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def test_a_killed_training_goes_on_from_its_checkpoint(images: Path, weights: str, tmp_path: Path) -> None:
+def kill_trials() -> int:
+    """Kill the trials of this process's Ray (its workers are children of its raylet); how many there were."""
+    killed = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            pid, command = int(process.name), process.joinpath("cmdline").read_bytes()
+            if b"ray::ImplicitFunc" in command and parent(parent(pid)) == os.getpid():
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+    return killed
+
+
+def test_a_killed_worker_is_replaced_and_goes_on_from_its_checkpoint(
+    images: Path, weights: str, cluster: Cluster, tmp_path: Path
+) -> None:
     run, undisturbed = RunDirectory(str(tmp_path / "killed")), RunDirectory(str(tmp_path / "undisturbed"))
-    work, trial = one_trial(config_of(images, weights, ["finetune"]), steps=80)
-    code = KILLED.format(images=str(images), weights=weights, run=run.uri)
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
-    while process.poll() is None and not run.names(checkpoint_folder(work)):
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    (checkpoint,) = run.names(checkpoint_folder(work))
-    assert 0 < int(load(run.read(checkpoint))["step"]) < 80
-    assert not run.exists(trial.file)
-    run_trial(work, trial, None, run)
+    config = config_of(images, weights, ["finetune"])
+    work, trial = one_trial(config, steps=80)
+    seen: list[int] = []
+
+    def kill() -> None:
+        while not run.names(checkpoint_folder(work)):
+            time.sleep(0.02)
+        assert kill_trials() == 1
+        (checkpoint,) = run.names(checkpoint_folder(work))
+        seen.append(int(load(run.read(checkpoint))["step"]))
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    run_missing(config, [work], {"first": [trial]}, "trials", run, cluster, Console(quiet=True))
+    killer.join()
+    assert 0 < seen[0] < 80
     run_trial(work, trial, None, undisturbed)
     rows = [directory.read_frame([trial.file]).drop(columns="seconds") for directory in (run, undisturbed)]
     pd.testing.assert_frame_equal(*rows)

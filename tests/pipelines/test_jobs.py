@@ -23,15 +23,12 @@ $start --head --port=6399 --dashboard-port=8299 --temp-dir=$SOCKETS/head >$SCRAT
 head=$!
 trap 'kill $head $worker 2>/dev/null; wait' EXIT
 worker=
-dashboard=http://127.0.0.1:8299
-for _ in $(seq 60); do
-  kill -0 $head; ray job list --address $dashboard >/dev/null 2>&1 && break; sleep 1
-done
+until grep -q 'runtime started' $SCRATCH/head.log; do kill -0 $head; sleep 0.2; done
 $start --address=127.0.0.1:6399 --temp-dir=$SOCKETS/worker >$SCRATCH/worker.log 2>&1 &
 worker=$!
-alive() { ray list nodes --address $dashboard 2>/dev/null | grep -c ALIVE || true; }
-for _ in $(seq 60); do [ "$(alive)" = 2 ] && break; sleep 1; done
-ray job submit --address $dashboard -- $PYTHON -m pipelines run $SCRATCH/recipe.yaml --run-dir $SCRATCH/run
+until grep -q 'runtime started' $SCRATCH/worker.log; do kill -0 $worker; sleep 0.2; done
+export RAY_ADDRESS=http://127.0.0.1:8299
+ray job submit -- $PYTHON -m pipelines run $SCRATCH/recipe.yaml --run-dir $SCRATCH/run
 """
 
 

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from h2t.config import Config
 from h2t.store import RunDirectory
-from pipelines.cluster import Cluster
 from pipelines.run import STAGES, run_stages
-from tests.pipelines.conftest import small_config, write_task
+from tests.pipelines.conftest import ON_CLUSTER, small_config
 from tests.pipelines.test_pipeline import digests, result_rows
 
+pytestmark = ON_CLUSTER
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,11 +39,8 @@ def wait_for(run: RunDirectory, stage: str, process: subprocess.Popen[bytes]) ->
 
 
 @pytest.mark.timeout(300)
-def test_killed_in_every_stage_and_run_again(tmp_path: Path, cluster: Cluster) -> None:
-    write_task(tmp_path, "first", n_train=40)
-    config = small_config(tmp_path, ("first",))
-    undisturbed, killed = RunDirectory(str(tmp_path / "undisturbed")), RunDirectory(str(tmp_path / "run"))
-    run_stages(config, undisturbed.uri, list(STAGES), Console(quiet=True))
+def test_killed_in_every_stage_and_run_again(finished: RunDirectory, images: Path, tmp_path: Path) -> None:
+    config, killed = small_config(images), RunDirectory(str(tmp_path / "run"))
     for stage in ("features", "trials"):
         process = start(config, tmp_path)
         wait_for(killed, stage, process)
@@ -57,5 +54,5 @@ def test_killed_in_every_stage_and_run_again(tmp_path: Path, cluster: Cluster) -
     after = {name: Path(killed.uri, name).stat().st_mtime_ns for name in before}
     assert {name for name in before if before[name] != after[name] and name.endswith("parquet")} == set()
     (tmp_path / "run" / "trials" / ".tmp-left-behind").unlink()
-    assert digests(killed) == digests(undisturbed)
-    pd.testing.assert_frame_equal(result_rows(killed), result_rows(undisturbed))
+    assert digests(killed) == digests(finished)
+    pd.testing.assert_frame_equal(result_rows(killed), result_rows(finished))

@@ -1,6 +1,7 @@
 """The whole pipeline on a real Ray: equal results however it is run, and only what is missing is done."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,25 +16,10 @@ from h2t.store import RunDirectory
 from h2t.work import open_tasks
 from pipelines.cluster import Cluster, backbone_actors, trial_resources
 from pipelines.run import STAGES, run_stages
-from tests.pipelines.conftest import output, small_config, write_task
+from tests.pipelines.conftest import ON_CLUSTER, output, small_config
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = ON_CLUSTER
 MEASURED = ["train_seconds", "peak_memory_bytes"]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    write_task(root, "first")
-    write_task(root, "second", n_train=30, n_test=9, seed=1)
-    return root
-
-
-@pytest.fixture(scope="module")
-def finished(images: Path, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    run = RunDirectory(str(tmp_path_factory.mktemp("run")))
-    run_stages(small_config(images), run.uri, list(STAGES), Console(quiet=True))
-    return run
 
 
 def frame(run: RunDirectory, stage: str) -> pd.DataFrame:
@@ -113,9 +99,9 @@ def test_a_deleted_file_is_made_again_and_nothing_else(
 def test_results_do_not_depend_on_workers_or_on_how_trials_are_packed(
     finished: RunDirectory, images: Path, tmp_path: Path
 ) -> None:
-    alone = {"actors": 1, "concurrent_trials": 1, "settings_per_trial": 5}
+    two = {"actors": 2, "concurrent_trials": 2, "settings_per_trial": 5}
     run = RunDirectory(str(tmp_path))
-    run_stages(small_config(images, resources=alone), run.uri, list(STAGES)[:3], Console(quiet=True))
+    run_stages(small_config(images, resources=two), run.uri, list(STAGES)[:3], Console(quiet=True))
     pd.testing.assert_frame_equal(
         result_rows(run).drop(columns="validation_accuracy"),
         result_rows(finished).drop(columns="validation_accuracy"),
@@ -126,20 +112,19 @@ def test_results_do_not_depend_on_workers_or_on_how_trials_are_packed(
 
 
 def test_another_setting_never_mixes_with_what_was_there(
-    images: Path, tmp_path: Path, console: Console
+    finished: RunDirectory, images: Path, tmp_path: Path, console: Console
 ) -> None:
-    config, run = small_config(images, ("first",)), RunDirectory(str(tmp_path))
-    other = small_config(images, ("first",), grid={"learning_rate": [0.01]})
-    run_stages(config, run.uri, list(STAGES)[:3], console)
-    rows, trials = result_rows(run), run.names("trials", recursive=True)
+    shutil.copytree(finished.uri, tmp_path / "run")
+    run = RunDirectory(str(tmp_path / "run"))
+    other = small_config(images, grid={"learning_rate": [0.01]})
     run_stages(other, run.uri, list(STAGES)[:3], console)
     assert set(frame(run, "trials")["learning_rate"]) == {0.01}
     assert set(result_rows(run)["learning_rate"]) == {0.01}
     assert "of another configuration moved to superseded/" in output(console)
     text = output(console)
-    run_stages(config, run.uri, list(STAGES)[:3], console)
-    pd.testing.assert_frame_equal(result_rows(run), rows)
-    assert run.names("trials", recursive=True) == trials
+    run_stages(small_config(images), run.uri, list(STAGES)[:3], console)
+    pd.testing.assert_frame_equal(result_rows(run), result_rows(finished))
+    assert run.names("trials", recursive=True) == finished.names("trials", recursive=True)
     assert "nothing to do: all trials are there" in output(console)[len(text) :]
 
 
