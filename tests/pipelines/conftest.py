@@ -20,9 +20,6 @@ from h2t.store import RunDirectory
 from pipelines.cluster import Cluster, connect
 from pipelines.run import STAGES, run_stages
 
-# Tests on the session's Ray run in one of the test processes, so that there is only one Ray.
-ON_CLUSTER = [pytest.mark.usefixtures("cluster"), pytest.mark.xdist_group("cluster")]
-
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:

@@ -35,9 +35,9 @@ from pipelines.trained_trials import (
     trained_search_space,
     trained_trial,
 )
-from tests.pipelines.conftest import ON_CLUSTER, output, small_config
+from tests.pipelines.conftest import output, small_config
 
-pytestmark = ON_CLUSTER
+pytestmark = pytest.mark.usefixtures("cluster")
 SETTINGS = {"learning_rate": [0.1, 0.01], "steps": [4], "batch_size": 8, "checkpoint_every": 2}
 
 

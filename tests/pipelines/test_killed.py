@@ -15,10 +15,10 @@ from rich.console import Console
 from h2t.config import Config
 from h2t.store import RunDirectory
 from pipelines.run import STAGES, run_stages
-from tests.pipelines.conftest import ON_CLUSTER, small_config
+from tests.pipelines.conftest import small_config
 from tests.pipelines.test_pipeline import digests, result_rows
 
-pytestmark = ON_CLUSTER
+pytestmark = pytest.mark.usefixtures("cluster")
 ROOT = Path(__file__).parents[2]
 
 

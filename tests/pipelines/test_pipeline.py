@@ -16,9 +16,9 @@ from h2t.store import RunDirectory
 from h2t.work import open_tasks
 from pipelines.cluster import Cluster, backbone_actors, trial_resources
 from pipelines.run import STAGES, run_stages
-from tests.pipelines.conftest import ON_CLUSTER, output, small_config
+from tests.pipelines.conftest import output, small_config
 
-pytestmark = ON_CLUSTER
+pytestmark = pytest.mark.usefixtures("cluster")
 MEASURED = ["train_seconds", "peak_memory_bytes"]
 
 

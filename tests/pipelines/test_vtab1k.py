@@ -13,9 +13,9 @@ from h2t.store import RunDirectory
 from h2t.tasks import VTAB_1K, Task
 from pipelines.cluster import Cluster
 from pipelines.run import STAGES, run_stages
-from tests.pipelines.conftest import ON_CLUSTER, output
+from tests.pipelines.conftest import output
 
-pytestmark = ON_CLUSTER
+pytestmark = pytest.mark.usefixtures("cluster")
 RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "vtab1k-resnet50.yaml"
 SMALL = [
     "backbone={name: test_efficientnet, weights: random, image_size: 32}",
