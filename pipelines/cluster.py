@@ -42,7 +42,9 @@ def connect(address: str | None = None, cores: int | None = None) -> Cluster:
 def _start(address: str | None, cores: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints a banner even when told to be silent
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Of each thread's own heap glibc keeps what was freed, and Ray's workers have many threads.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs it raises as well
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         ray.init(

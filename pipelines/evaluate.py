@@ -95,7 +95,8 @@ def _head_jobs(
     return [(work, settings) for settings in grouped.values()]
 
 
-@ray.remote(max_retries=2)
+# The process ends with the task: an idle one would hold its memory, and its GPU's, beside the actors to come.
+@ray.remote(max_retries=2, max_calls=1)
 def _train_heads(work: TaskWork, chosen: list[Settings], run: RunDirectory) -> int:
     torch.set_num_threads(work.config.resources.cpus_per_trial)
     matrix = read_features(run, work.feature_files("train", chosen[0].target_size))
