@@ -66,8 +66,7 @@ def bad_rows_file(work: TaskWork, shard: Shard) -> str:
     return f"{work.folder('bad_rows')}/{shard.split}-{shard.number:05d}-{work.fingerprint}.parquet"
 
 
-def manifest_row(shard: Shard, n_images: int, bad: list[dict[str, Any]]) -> pa.Table:
-    """The one small row that an actor returns for a shard."""
-    return pa.Table.from_pylist(
-        [{"task": shard.task, "split": shard.split, "number": shard.number, "n_images": n_images, "bad": bad}]
-    )
+def manifest_row(shard: Shard, n_images: int, bad: list[dict[str, Any]], mistake: str = "") -> pa.Table:
+    """The one small row that an actor returns for a shard; ``mistake``: the user's, which ends the run."""
+    row = {"task": shard.task, "split": shard.split, "number": shard.number, "n_images": n_images, "bad": bad}
+    return pa.Table.from_pylist([{**row, "mistake": mistake}])

@@ -100,6 +100,8 @@ def process_shards(
     n_images, bad = 0, []
     with StageProgress(console, stage, sum(len(shard.indices) for shard in shards), "images") as progress:
         for row in stream_shards(shards, works, preprocessing, ShardActor, parts, config, cluster):
+            if row["mistake"]:
+                raise UserError(row["mistake"])
             n_images += row["n_images"]
             bad += row["bad"]
             progress.advance(row["n_images"] + len(row["bad"]), f"{row['task']}/{row['split']}")
@@ -109,7 +111,11 @@ def process_shards(
 
 
 class ShardActor:
-    """Actor: a decoded shard in, handed to the step of a stage, one manifest row out."""
+    """Actor: a decoded shard in, handed to the step of a stage, one manifest row out.
+
+    A user's mistake that only this node can see (no weights there, say) travels in the row: through Ray
+    Data an exception would lose its type and its cause.
+    """
 
     def __init__(
         self,
@@ -120,17 +126,28 @@ class ShardActor:
     ) -> None:
         known = ray.get(common[0])
         self.run, self.shards, self.works = run, known["shards"], known["works"]
-        self.step = step(**arguments)
+        self.step: Any = None
+        self.mistake = ""
+        try:
+            self.step = step(**arguments)
+        except UserError as error:
+            self.mistake = str(error)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Do the step, unless the recipe refuses bad rows and the shard has some."""
         shard = self.shards[batch["shard"][0].as_py()]
+        mistake = self.mistake or batch["mistake"][0].as_py()
+        if mistake:
+            return manifest_row(shard, 0, [], mistake)
         work = self.works[shard.task]
         images, index = decoded_images(batch)
         bad = write_bad_rows(self.run, work, shard, batch)
         if bad and work.config.on_bad_image == "refuse":
             return manifest_row(shard, 0, bad)
-        self.step(work, shard, images, index)
+        try:
+            self.step(work, shard, images, index)
+        except UserError as error:
+            return manifest_row(shard, 0, bad, str(error))
         return manifest_row(shard, len(images), bad)
 
 
@@ -162,8 +179,14 @@ def decode_shard(batch: pa.Table, common: list[ray.ObjectRef]) -> pa.Table:
     """Read and decode one shard: pixels uint8 back to back, the height and width of each image, bad rows."""
     known = ray.get(common[0])
     number = batch["shard"][0].as_py()
-    shard, preprocessing = known["shards"][number], known["preprocessing"]
-    work = known["works"][shard.task]
+    shard = known["shards"][number]
+    try:
+        return _decoded(number, shard, known["works"][shard.task], known["preprocessing"])
+    except UserError as error:
+        return _decoded_table(number, [], [], [], str(error))
+
+
+def _decoded(number: int, shard: Shard, work: TaskWork, preprocessing: Preprocessing) -> pa.Table:
     bad = [row for row in work.bad_rows if row.split == shard.split and row.index in shard.indices]
     usable = sorted(set(shard.indices) - {row.index for row in bad})
     pixels, kept = [], []
@@ -173,6 +196,12 @@ def decode_shard(batch: pa.Table, common: list[ray.ObjectRef]) -> pa.Table:
             kept.append(index)
         except BadImage as error:
             bad.append(BadRow(shard.task, shard.split, index, error.path, error.reason))
+    return _decoded_table(number, pixels, kept, bad, "")
+
+
+def _decoded_table(
+    number: int, pixels: list[np.ndarray], kept: list[int], bad: list[BadRow], mistake: str
+) -> pa.Table:
     flat = np.concatenate([image.reshape(-1) for image in pixels]) if pixels else np.empty(0, np.uint8)
     return pa.table(
         {
@@ -182,6 +211,7 @@ def decode_shard(batch: pa.Table, common: list[ray.ObjectRef]) -> pa.Table:
             "height": pa.array([[image.shape[0] for image in pixels]], pa.list_(pa.int32())),
             "width": pa.array([[image.shape[1] for image in pixels]], pa.list_(pa.int32())),
             "bad": pa.array([[asdict(row) for row in bad]], pa.list_(BAD_ROW)),
+            "mistake": [mistake],
         }
     )
 

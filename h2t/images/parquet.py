@@ -43,9 +43,17 @@ class ParquetSource:
         return _rows(self, split).labels
 
     def read(self, split: Split, rows: Sequence[int]) -> list[Image]:
-        """Image bytes as stored; reads each row group that holds one of the rows once."""
+        """Image bytes as stored; reads each row group that holds one of the rows once.
+
+        Raises UserError for rows that are not there, such as on a node that does not share the folder.
+        """
         listed = _rows(self, split)
         chosen = np.asarray(rows, dtype=np.int64)
+        if chosen.max(initial=-1) >= len(listed.labels):
+            raise UserError(
+                f"{self.task.name}: expected at least {chosen.max() + 1} rows of '{split}' in {self.folder}, "
+                f"found {len(listed.labels)}; every node must see the same files"
+            )
         images: list[Image] = [EncodedImage(b"", "")] * len(chosen)
         place = np.stack([listed.file[chosen], listed.group[chosen]], axis=1)
         for file, group in np.unique(place, axis=0):

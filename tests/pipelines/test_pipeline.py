@@ -16,6 +16,7 @@ from h2t.store import RunDirectory
 from h2t.work import open_tasks
 from pipelines.cluster import Cluster, backbone_actors, trial_resources
 from pipelines.run import STAGES, run_stages
+from pipelines.stream import process_shards
 from tests.pipelines.conftest import output, small_config
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -158,6 +159,37 @@ def test_bad_images_are_skipped_counted_and_listed_where_asked(images: Path, tmp
     assert sorted(zip(bad["split"], bad["index"], strict=True)) == [("test", 3), ("train", 3)]
     assert b"not an image" not in run.read("report/index.html")
     assert b"bad" in run.read("report/index.html").lower()
+
+
+class CannotStart:
+    def __init__(self) -> None:
+        raise UserError("no weights on this node")
+
+
+class CannotWork:
+    def __call__(self, *shard: object) -> None:
+        raise UserError("no room on this node")
+
+
+@pytest.mark.parametrize(("step", "message"), [(CannotStart, "no weights on"), (CannotWork, "no room on")])
+def test_a_mistake_that_only_a_worker_sees_is_one_message(
+    images: Path, tmp_path: Path, cluster: Cluster, console: Console, step: type, message: str
+) -> None:
+    config = small_config(images, ("first",))
+    works, run = open_tasks(config), RunDirectory(str(tmp_path))
+    with pytest.raises(UserError, match=f"^{message} this node$"):
+        process_shards("test", works[0].shards("train"), works, run, step, {}, config, cluster, console)
+
+
+def test_images_that_a_worker_cannot_find_are_one_message(
+    images: Path, tmp_path: Path, cluster: Cluster, console: Console
+) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    config = small_config(tmp_path / "images", ("first",))
+    works, run = open_tasks(config), RunDirectory(str(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "images")
+    with pytest.raises(UserError, match="every node must see the same files"):
+        process_shards("test", works[0].shards("train"), works, run, dict, {}, config, cluster, console)
 
 
 def test_resources_that_can_never_work_are_refused_at_once(images: Path, cluster: Cluster) -> None:
