@@ -3,15 +3,16 @@
     python -m tests.benchmarks.features RUN_DIRECTORY TASK TARGET_SIZE [--large]
 
 The first table encodes real features of a finished run in several ways. The second reads a matrix back and
-compares that with plain pyarrow reading the same files, all taps and three of them, in the same process, by
-turns. ``--large`` does that for 1000 x 467,688 as well (2 GB), values drawn like activations (half zeros).
+compares that with plain pyarrow reading the same files, all taps and three of them, in the same process.
+``--large`` does that for 1000 x 467,688 as well (2 GB), values drawn like activations (half zeros).
 """
 
 import argparse
 import io
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -35,14 +36,15 @@ ENCODINGS = {
 }
 
 
-def seconds(function: Callable[[], object], repeats: int = 3) -> float:
-    """Median wall time."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return median(times)
+def seconds(functions: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+    """Median wall time of each; they take turns, after a round that warms up."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - started)
+    return {name: median(values[1:]) for name, values in times.items()}
 
 
 def encode(
@@ -63,6 +65,11 @@ def encode(
     return sink.getvalue()
 
 
+def decode(data: bytes) -> pa.Table:
+    """The table again."""
+    return pq.read_table(pa.BufferReader(data), use_threads=False)
+
+
 def with_nulls_allowed(table: pa.Table) -> pa.Table:
     """The same columns as pyarrow declares them when nothing is said."""
     taps = [
@@ -77,13 +84,14 @@ def encodings(declared: pa.Table, raw: int) -> Table:
     shown = Table("encoding", "bytes / raw", "write MB/s of raw", "read MB/s of raw")
     variants = {name: (declared, options) for name, options in ENCODINGS.items()}
     variants["none, nulls allowed"] = with_nulls_allowed(declared), ENCODINGS["none"]
-    for name, (table, options) in variants.items():
-        data = encode(table, **options)
-        writing = seconds(lambda table=table, options=options: encode(table, **options))
-        reading = seconds(lambda data=data: pq.read_table(io.BytesIO(data), use_threads=False))
-        shown.add_row(
-            name, f"{len(data) / raw:.2f}", f"{raw / writing / 1e6:.0f}", f"{raw / reading / 1e6:.0f}"
-        )
+    data = {name: encode(table, **options) for name, (table, options) in variants.items()}
+    writing = seconds(
+        {name: partial(encode, table, **options) for name, (table, options) in variants.items()}
+    )
+    reading = seconds({name: partial(decode, encoded) for name, encoded in data.items()})
+    for name, encoded in data.items():
+        speeds = (f"{raw / times[name] / 1e6:.0f}" for times in (writing, reading))
+        shown.add_row(name, f"{len(encoded) / raw:.2f}", *speeds)
     return shown
 
 
@@ -96,9 +104,13 @@ def reading(run: RunDirectory, names: list[str], title: str) -> Table:
     raw = matrix.values.nbytes
     size = sum(len(run.read(name)) for name in names)
     del matrix
-    plain = seconds(lambda: run.read_table(names))
-    ours = seconds(lambda: read_features(run, names))
-    part = seconds(lambda: read_features(run, names, some))
+    ways = {
+        "plain": lambda: run.read_table(names),
+        "ours": lambda: read_features(run, names),
+        "part": lambda: read_features(run, names, some),
+    }
+    # Not by turns: giving gigabytes back to the system and touching new ones would be most of the time.
+    plain, ours, part = (seconds({name: way})[name] for name, way in ways.items())
     shown = Table(title, "seconds", "of plain pyarrow's speed")
     shown.add_row(
         f"plain pyarrow, {raw / 1e6:.0f} MB raw, {size / raw:.2f} of it on disk", f"{plain:.2f}", "1"
