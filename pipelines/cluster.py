@@ -44,6 +44,8 @@ def _start(address: str | None, cores: int) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints a banner even when told to be silent
     # Of each thread's own heap glibc keeps what was freed, and Ray's workers have many threads.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    # First touching the memory of activations and features is a large part of computing them.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs it raises as well
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
