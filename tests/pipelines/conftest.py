@@ -2,7 +2,9 @@
 
 import io
 import os
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,23 @@ def small_config(root: Path, tasks: tuple[str, ...] = ("first", "second"), **set
     for key, value in settings.items():
         data[key] = {**data[key], **value} if isinstance(data.get(key), dict) else value  # type: ignore[dict-item]
     return parse_config(data, "test")
+
+
+def kill_workers(title: bytes) -> int:
+    """Kill the workers of this process's Ray whose title has these words; how many there were."""
+    killed = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            pid, command = int(process.name), process.joinpath("cmdline").read_bytes()
+            # Workers are children of the raylet, which is a child of this process.
+            if title in command and parent(parent(pid)) == os.getpid():
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+    return killed
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,7 @@
 """Methods that train the backbone, on a real Ray: their rows, the two ways to run one, faults, resumption."""
 
-import os
-import signal
 import threading
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +32,7 @@ from pipelines.trained_trials import (
     trained_search_space,
     trained_trial,
 )
-from tests.pipelines.conftest import output, small_config
+from tests.pipelines.conftest import kill_workers, output, small_config
 
 pytestmark = pytest.mark.usefixtures("cluster")
 SETTINGS = {"learning_rate": [0.1, 0.01], "steps": [4], "batch_size": 8, "checkpoint_every": 2}
@@ -166,22 +163,6 @@ def test_a_training_that_diverges_leaves_a_row_with_its_step(
         write_trained_selected(work, trials[:1], None, run)
 
 
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def kill_trials() -> int:
-    """Kill the trials of this process's Ray (its workers are children of its raylet); how many there were."""
-    killed = 0
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended meanwhile
-            pid, command = int(process.name), process.joinpath("cmdline").read_bytes()
-            if b"ray::ImplicitFunc" in command and parent(parent(pid)) == os.getpid():
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-    return killed
-
-
 def test_a_killed_worker_is_replaced_and_goes_on_from_its_checkpoint(
     images: Path, weights: str, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -193,7 +174,7 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_checkpoint(
     def kill() -> None:
         while not run.names(checkpoint_folder(work)):
             time.sleep(0.02)
-        assert kill_trials() == 1
+        assert kill_workers(b"ray::ImplicitFunc") == 1
         (checkpoint,) = run.names(checkpoint_folder(work))
         seen.append(int(load(run.read(checkpoint))["step"]))
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from h2t.config import Config
 from h2t.store import RunDirectory
 from pipelines.run import STAGES, run_stages
-from tests.pipelines.conftest import small_config
+from tests.pipelines.conftest import kill_workers, small_config
 from tests.pipelines.test_pipeline import digests, result_rows
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -56,3 +57,22 @@ def test_killed_in_every_stage_and_run_again(finished: RunDirectory, images: Pat
     (tmp_path / "run" / "trials" / ".tmp-left-behind").unlink()
     assert digests(killed) == digests(finished)
     pd.testing.assert_frame_equal(result_rows(killed), result_rows(finished))
+
+
+@pytest.mark.parametrize("title", [b"ShardActor", b"ray::ImplicitFunc"], ids=["backbone actor", "trial"])
+def test_a_killed_worker_is_replaced(
+    title: bytes, finished: RunDirectory, images: Path, tmp_path: Path
+) -> None:
+    run = RunDirectory(str(tmp_path))
+
+    def kill() -> None:
+        while not kill_workers(title):
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    run_stages(small_config(images), run.uri, list(STAGES), Console(quiet=True))
+    killer.join(timeout=0)
+    assert not killer.is_alive(), "the run ended before a worker could be killed"
+    assert digests(run) == digests(finished)
+    pd.testing.assert_frame_equal(result_rows(run), result_rows(finished))
