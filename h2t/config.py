@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from h2t.errors import UserError, unknown
+from h2t.heads import Precision
 from h2t.methods import METHODS, Settings, search_space
 from h2t.tasks import Group, Task, demo_task, find_task
 
@@ -156,7 +157,7 @@ class Config(_Section):
     seed: Annotated[int, Field(ge=0)] = 0
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2]
     batch_size: Count = 128
-    head_dtype: Literal["float32", "bfloat16"] = "float32"
+    head_dtype: Precision = "float32"
     on_bad_image: Literal["refuse", "skip"] = "refuse"
     resources: Resources = Resources()
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import get_args
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from h2t.errors import UserError, unknown
-from h2t.head_trainer import Batches, HeadSpec, HeadStack, HeadTrainer, Precision, Regularizer
+from h2t.head_groups import Group, HeadSpec, HeadStack, Precision, Regularizer
+from h2t.head_trainer import Batches, HeadTrainer
 
-__all__ = ["HeadSpec", "HeadStack", "checked", "train_heads", "train_stacks"]
+__all__ = ["HeadSpec", "HeadStack", "checked", "train_groups", "train_heads", "train_stacks"]
 
 Array = Tensor | np.ndarray
 
@@ -27,7 +29,6 @@ def train_heads(
     initial_bias: Array | None = None,
     device: str | torch.device | None = None,
     dtype: Precision = "float32",
-    unit_norm_widths: Sequence[int] | None = None,
     memory_budget: int | None = None,
 ) -> HeadStack:
     """Train one linear head per spec; rates, steps, regularizers and seeds mix freely.
@@ -38,8 +39,8 @@ def train_heads(
     ``initial_weight`` [n_features, n_classes] and ``initial_bias`` [n_classes], or one per head, default to
     Glorot-uniform by the spec's seed and to zero.
 
-    ``unit_norm_widths``, the widths of consecutive taps, gives each example's features of a tap unit norm
-    while they are read. ``dtype`` is that of the matrix products; weights stay float32. ``memory_budget`` in
+    ``dtype`` is the precision of the matrix products ("tf32"
+    rounds on a GPU alone); weights stay float32. ``memory_budget`` in
     bytes bounds the weights and moments on the device: heads take turns, and a head that is too large alone
     has them in a temporary file (beside an accelerator: in main memory), of which one block at a time is
     worked on.
@@ -48,7 +49,7 @@ def train_heads(
     """
     stacks = train_stacks(
         features, labels, specs, n_classes=n_classes, batch_size=batch_size, initial_weight=initial_weight,
-        initial_bias=initial_bias, device=device, dtype=dtype, unit_norm_widths=unit_norm_widths,
+        initial_bias=initial_bias, device=device, dtype=dtype,
         memory_budget=memory_budget,
     )  # fmt: skip
     return _in_order(list(stacks), n_classes)
@@ -65,7 +66,6 @@ def train_stacks(
     initial_bias: Array | None = None,
     device: str | torch.device | None = None,
     dtype: Precision = "float32",
-    unit_norm_widths: Sequence[int] | None = None,
     memory_budget: int | None = None,
 ) -> Iterator[tuple[list[int], HeadStack]]:
     """As :func:`train_heads`, but yields (positions in ``specs``, their heads) as they are done."""
@@ -75,12 +75,62 @@ def train_stacks(
     head_bytes = 3 * 4 * rows.shape[-1] * n_classes
     at_once = len(specs) if memory_budget is None else max(1, memory_budget // head_bytes)
     offload = memory_budget is not None and head_bytes > memory_budget
+    batches = Batches(targets.to(device), n_classes, batch_size)
     for heads in _stacks(specs, at_once):
-        own = rows if rows.ndim == 2 else rows[heads]
-        batches = Batches(own.to(device), targets.to(device), n_classes, batch_size, unit_norm_widths, dtype)
-        start = _of_heads(initial_weight, heads, 2), _of_heads(initial_bias, heads, 1)
+        group = Group(
+            _for_products(rows if rows.ndim == 2 else rows[heads], device, dtype),
+            [specs[head] for head in heads],
+            _of_heads(initial_weight, heads, 2),
+            _of_heads(initial_bias, heads, 1),
+        )
         # No name for the trainer: its weights and squares are given back before the next one starts.
-        yield heads, HeadTrainer(batches, [specs[head] for head in heads], *start, offload=offload).train()
+        with _tf32(dtype == "tf32"):
+            (stack,) = HeadTrainer(batches, [group], offload=offload).train()
+        yield heads, stack
+
+
+def train_groups(
+    groups: Sequence[tuple[Array, Sequence[HeadSpec]]],
+    labels: Array,
+    *,
+    n_classes: int,
+    batch_size: int = 128,
+    device: str | torch.device | None = None,
+    dtype: Precision = "float32",
+) -> list[HeadStack]:
+    """Train groups of heads side by side, each as :func:`train_heads` would train it.
+
+    Each group is (features, specs) as in :func:`train_heads`, its specs ordered by regularizer. Many small
+    heads take little longer than one then, whose time goes into starting operations.
+
+    Raises UserError as :func:`train_heads` does, and for specs of different numbers of steps.
+    """
+    steps = sorted({spec.steps for _, specs in groups for spec in specs})
+    if len(steps) != 1:
+        raise UserError(f"expected groups of equal steps, got {', '.join(map(str, steps)) or 'none'}")
+    device = torch.device(device or "cpu")
+    made = []
+    for features, specs in groups:
+        rows, targets = checked(features, labels, n_classes)
+        _check_specs(specs, rows)
+        made.append(Group(_for_products(rows, device, dtype), specs))
+    with _tf32(dtype == "tf32"):
+        return HeadTrainer(Batches(targets.to(device), n_classes, batch_size), made).train()
+
+
+def _for_products(rows: Tensor, device: torch.device, dtype: Precision) -> Tensor:
+    return rows.to(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Whether products on a GPU may round float32 to TF32; a setting of the whole process."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def checked(features: Array, labels: Array, n_classes: int) -> tuple[Tensor, Tensor]:

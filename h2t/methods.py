@@ -13,7 +13,7 @@ import torch
 
 from h2t.errors import UserError, unknown
 from h2t.features import FeatureLayout, select, unit_norm
-from h2t.heads import HeadSpec, HeadStack, Precision, Regularizer, train_heads, train_stacks
+from h2t.heads import HeadSpec, HeadStack, Precision, Regularizer, train_groups, train_stacks
 from h2t.selection import keep_top, relevance_scores
 
 # Features of final heads that are trained together: few enough that on a CPU they stay in the cache from step
@@ -240,17 +240,35 @@ def _finals(spec: HeadSpec, points: Sequence[Settings], weight: torch.Tensor) ->
 
 
 def _fit_selected(data: _Data, finals: list[_Final]) -> Iterator[Head]:
-    """Final heads, each on its own features; those of equal size and steps are trained together."""
-    group_bytes = GROUP_BYTES[torch.device(data.options["device"]).type]
-    for (_, n_kept), group in groupby(
-        sorted(finals, key=lambda final: final.shape), lambda final: final.shape
-    ):
-        same, at_once = list(group), max(1, group_bytes // (4 * n_kept * len(data.rows)))
-        for part in (same[first : first + at_once] for first in range(0, len(same), at_once)):
-            inputs = np.stack([_inputs(data, final.kept, final.kept) for final in part])
-            stack = train_heads(inputs, data.labels, [final.spec for final in part], **data.options)
-            for place, final in enumerate(part):
+    """Final heads, each on its own features; those of equal steps are trained side by side."""
+    for together in _trained_together(finals, len(data.rows), data.options["device"]):
+        inputs = [np.stack([_inputs(data, final.kept, final.kept) for final in group]) for group in together]
+        specs = [[final.spec for final in group] for group in together]
+        # Products this small gain nothing from bfloat16.
+        options = {**data.options, "dtype": "float32"}
+        stacks = train_groups(list(zip(inputs, specs, strict=True)), data.labels, **options)
+        for group, stack in zip(together, stacks, strict=True):
+            for place, final in enumerate(group):
                 yield _head(final.point, final.spec.seed, final.kept, data.layout, stack, place)
+
+
+def _trained_together(finals: list[_Final], n_rows: int, device: str) -> Iterator[list[list[_Final]]]:
+    """Final heads of equal steps whose features fit GROUP_BYTES, grouped by how many features they keep."""
+    part: list[_Final] = []
+    used, limit = 0, GROUP_BYTES[torch.device(device).type]
+    for final in sorted(finals, key=lambda final: final.shape):
+        size = 4 * n_rows * len(final.kept)
+        if part and (used + size > limit or final.spec.steps != part[0].spec.steps):
+            yield _by_shape(part)
+            part, used = [], 0
+        part.append(final)
+        used += size
+    if part:
+        yield _by_shape(part)
+
+
+def _by_shape(finals: list[_Final]) -> list[list[_Final]]:
+    return [list(group) for _, group in groupby(finals, lambda final: final.shape)]
 
 
 def _inputs(data: _Data, columns: slice | np.ndarray, kept: np.ndarray) -> np.ndarray:

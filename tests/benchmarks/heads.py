@@ -10,19 +10,19 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 from tabulate import tabulate
 
 from h2t.features import FeatureLayout
+from h2t.head_groups import Group
 from h2t.head_trainer import Batches, HeadTrainer
-from h2t.heads import HeadSpec, train_heads
-from h2t.methods import Settings, fit, search_space
+from h2t.heads import HeadSpec, Precision, train_heads
+from h2t.methods import GROUP_BYTES, Settings, fit, search_space
 from h2t.selection import keep_top, relevance_scores
 
 N_ROWS, N_TAPS, N_FEATURES, N_CLASSES, BATCH = 800, 52, 30_440, 10, 128
@@ -30,6 +30,7 @@ RATES, STEPS = (0.1, 0.01), (500, 5000)
 COEFFICIENTS, SCORING_COEFFICIENTS = (1e-3, 1e-4, 1e-5), (1e-3, 1e-5)
 Table = list[dict[str, object]]
 FRACTIONS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 STEP_FLOPS = 4 * N_ROWS / 7  # of the products of a step per weight: seven batches in 800 rows
 
 
@@ -69,12 +70,11 @@ class Peak:
 
 
 def trainer(
-    features: torch.Tensor, labels: torch.Tensor, specs: list[HeadSpec], **options: Any
+    labels: torch.Tensor, *groups: tuple[torch.Tensor, list[HeadSpec]], dtype: Precision = "float32"
 ) -> HeadTrainer:
-    """A trainer that has taken a step, so that its memory is there."""
-    n_classes = int(labels.max()) + 1
-    batches = Batches(features, labels, n_classes, BATCH, None, options.get("dtype", "float32"))
-    ready = HeadTrainer(batches, specs)
+    """A trainer of groups of heads that has taken a step, so that its memory is there."""
+    batches = Batches(labels, int(labels.max()) + 1, BATCH)
+    ready = HeadTrainer(batches, [Group(rows.to(getattr(torch, dtype)), specs) for rows, specs in groups])
     ready.step(0)
     return ready
 
@@ -114,21 +114,21 @@ def phase_1(rounds: int, n_steps: int) -> Table:
     plain, peak, rows = PlainLoop(features, labels), Peak(), []
     for n_heads in (1, 4, 18, 36):
         specs = (grid(1000) * 2)[:: -(-18 // n_heads)][:n_heads]
-        stack = trainer(features, labels, sorted(specs, key=lambda spec: spec.regularizer or ""))
+        stack = trainer(labels, (features, sorted(specs, key=lambda spec: spec.regularizer or "")))
         seen = []
         for _ in range(rounds):
             top, ours = peak(), take(stack, n_steps) / n_heads
             theirs = processor_time(lambda: plain.run(n_steps)) / n_steps
-            seen.append(
-                (ours, theirs, theirs / ours, STEP_FLOPS * N_FEATURES * N_CLASSES / ours / max(top, peak()))
-            )
-        ours, theirs, ratio, share = (median(values) for values in zip(*seen, strict=True))
+            at_peak = STEP_FLOPS * N_FEATURES * N_CLASSES / max(top, peak())
+            seen.append((ours, theirs, theirs / ours, theirs / at_peak, at_peak / ours))
+        ours, theirs, ratio, most, share = (median(values) for values in zip(*seen, strict=True))
         rows.append(
             {
                 "heads": n_heads,
                 "ms per head-step": ours * 1e3,
                 "plain loop, ms": theirs * 1e3,
                 "times the plain loop": ratio,
+                "at the peak it were": most,
                 "share of the peak": share,
             }
         )
@@ -138,7 +138,7 @@ def phase_1(rounds: int, n_steps: int) -> Table:
 def where_the_time_goes() -> Table:
     """Share of each operation in the steps of a stack of 18 heads."""
     features, labels = made(N_FEATURES)
-    stack = trainer(features, labels, grid(1000))
+    stack = trainer(labels, (features, grid(1000)))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         take(stack, 14)
     events = profile.key_averages()
@@ -147,41 +147,64 @@ def where_the_time_goes() -> Table:
     return [{"operation": event.key, "share": event.self_cpu_time_total / total} for event in top]
 
 
-def phase_2(rounds: int, n_steps: int) -> Table:
+def phase_2(rounds: int, n_steps: int, dtype: Precision = "float32") -> Table:
     """Final heads of eight fractions times two rates and two coefficients, beside the plain loop."""
     features, labels = made(N_FEATURES)
     rows, sums = [], np.zeros(2)
-    for fraction in FRACTIONS:
-        n_kept = int(N_FEATURES * fraction)
-        n_heads = 4 if 4 * n_kept * N_ROWS * 4 <= 2**23 else max(1, 2**23 // (4 * n_kept * N_ROWS))
-        own = torch.stack(
-            [features[:, start :: N_FEATURES // n_kept][:, :n_kept] for start in range(n_heads)]
-        )
-        stack = trainer(own, labels, [HeadSpec(RATES[head % 2], 1000, seed=head) for head in range(n_heads)])
-        plain, seen = PlainLoop(own[0], labels, regularized=False), []
+    for sizes in side_by_side():
+        groups = [
+            (kept_features(features, n_kept)[:count], final_specs()[:count])
+            for n_kept, count in sizes.items()
+        ]
+        stack = trainer(labels, *groups, dtype=dtype)
+        plain = {
+            n_kept: PlainLoop(own[0], labels, regularized=False)
+            for n_kept, (own, _) in zip(sizes, groups, strict=True)
+        }
+        seen = []
         for _ in range(rounds):
-            ours = take(stack, n_steps) / n_heads
-            seen.append((ours, processor_time(lambda: plain.run(n_steps)) / n_steps))  # noqa: B023
+            ours = take(stack, n_steps)
+            each = {n_kept: processor_time(lambda: plain[n_kept].run(n_steps)) / n_steps for n_kept in sizes}  # noqa: B023
+            seen.append((ours, sum(each[n_kept] * count for n_kept, count in sizes.items())))
         ours, theirs = (median(values) for values in zip(*seen, strict=True))
         sums += ours, theirs
-        rows.append(
-            {
-                "kept": n_kept,
-                "heads together": n_heads,
-                "µs per head-step": ours * 1e6,
-                "plain loop, µs": theirs * 1e6,
-                "times": theirs / ours,
-            }
-        )
-    rows.append(
-        {
-            "kept": "all",
-            "µs per head-step": sums[0] / len(FRACTIONS) * 1e6,
-            "plain loop, µs": sums[1] / len(FRACTIONS) * 1e6,
-            "times": sums[1] / sums[0],
-        }
-    )
-    return rows
+        rows.append(phase_2_row(", ".join(map(str, sizes)), sum(sizes.values()), ours, theirs))
+    return [*rows, phase_2_row("all", len(FRACTIONS) * len(final_specs()), *sums)]
+
+
+def phase_2_row(kept: str, n_heads: int, ours: float, theirs: float) -> dict[str, object]:
+    return {
+        "kept": kept,
+        "heads": n_heads,
+        "µs per head-step": ours / n_heads * 1e6,
+        "plain loop, µs": theirs / n_heads * 1e6,
+        "times": theirs / ours,
+    }
+
+
+def final_specs() -> list[HeadSpec]:
+    """The final heads of one fraction: two rates after two scoring phases."""
+    return [HeadSpec(rate, 1000) for rate in RATES for _ in SCORING_COEFFICIENTS]
+
+
+def side_by_side() -> Iterator[dict[int, int]]:
+    """What ``fit`` trains side by side: how many heads on how many kept features."""
+    part: dict[int, int] = {}
+    used = 0
+    for n_kept in sorted(int(N_FEATURES * fraction) for fraction in FRACTIONS for _ in final_specs()):
+        size = 4 * N_ROWS * n_kept
+        if part and used + size > GROUP_BYTES["cpu"]:
+            yield part
+            part, used = {}, 0
+        part[n_kept] = part.get(n_kept, 0) + 1
+        used += size
+    yield part
+
+
+def kept_features(features: torch.Tensor, n_kept: int) -> torch.Tensor:
+    """Other columns for each head, float32 [n_heads, 800, n_kept]."""
+    every = N_FEATURES // n_kept
+    return torch.stack([features[:, start::every][:, :n_kept] for start in range(len(final_specs()))])
 
 
 def sweep_settings(shorter: int = 1) -> list[Settings]:
@@ -325,7 +348,7 @@ def growth(largest: int, n_steps: int) -> Table:
             for n_heads in (1, 4, 16):
                 if needed_bytes(N_ROWS, n_features, n_classes, n_heads) > largest:
                     continue
-                stack = trainer(features, labels, [HeadSpec(0.01, 100, "l21", 1e-3)] * n_heads)
+                stack = trainer(labels, (features, [HeadSpec(0.01, 100, "l21", 1e-3)] * n_heads))
                 seconds = min(take(stack, n_steps) for _ in range(2))
                 rows.append(
                     {
@@ -342,13 +365,13 @@ def growth(largest: int, n_steps: int) -> Table:
 def lower_precision(rounds: int, n_steps: int) -> Table:
     """Products in bfloat16 beside float32: time, kept features and training accuracy."""
     features, labels = made(N_FEATURES)
-    full, half = (trainer(features, labels, grid(1000), dtype=dtype) for dtype in ("float32", "bfloat16"))
+    full, half = (trainer(labels, (features, grid(1000)), dtype=dtype) for dtype in PRECISIONS)
     seen = [(take(full, n_steps), take(half, n_steps)) for _ in range(rounds)]
     del full, half
     spec = [HeadSpec(0.01, 100, "l21", 1e-3)]
     kept, accuracy = [], []
-    for dtype in ("float32", "bfloat16"):
-        stack = train_heads(features, labels, spec, n_classes=N_CLASSES, dtype=dtype)  # type: ignore[arg-type]
+    for dtype in PRECISIONS:
+        stack = train_heads(features, labels, spec, n_classes=N_CLASSES, dtype=dtype)
         kept.append(keep_top(relevance_scores(stack.weight[0]), 0.01))
         accuracy.append(
             float(((features @ stack.weight[0] + stack.bias[0]).argmax(1) == labels).float().mean())

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from h2t import head_trainer
+from h2t import head_groups, head_trainer
 from h2t.errors import UserError
+from h2t.features import FeatureLayout, unit_norm
+from h2t.head_groups import Group
 from h2t.head_trainer import Batches, HeadTrainer
-from h2t.heads import HeadSpec, train_heads, train_stacks
+from h2t.heads import HeadSpec, Precision, train_groups, train_heads, train_stacks
 from h2t.selection import keep_top, relevance_scores
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -29,37 +31,35 @@ def golden_spec(case: str) -> HeadSpec:
     return HeadSpec(overrides["learning_rate"], NOTES["cosine_horizon_T"], *(found or [(None, 0.0)])[0])
 
 
-def golden_features(case: str) -> tuple[np.ndarray, list[int] | None]:
-    features = ARRAYS["X"]
+def golden_features(case: str) -> np.ndarray:
+    features, widths = ARRAYS["X"], tuple(NOTES["layer_sizes"])
     if case.startswith("perfeature"):
-        return (features - features.mean(0)) / np.sqrt(features.var(0) + 1e-5), None
-    return features, NOTES["layer_sizes"]
+        return (features - features.mean(0)) / np.sqrt(features.var(0) + 1e-5)
+    return unit_norm(features, FeatureLayout(tuple(map(str, widths)), widths))
 
 
 @pytest.mark.parametrize("case", NOTES["cases"])
 def test_follows_the_official_trajectory(case: str) -> None:
-    features, widths = golden_features(case)
-    rows, labels = torch.from_numpy(features), torch.from_numpy(ARRAYS["y"].astype(np.int64))
-    batches = Batches(rows, labels, NOTES["classes"], NOTES["batch"], widths, "float32")
+    rows, labels = torch.from_numpy(golden_features(case)), torch.from_numpy(ARRAYS["y"].astype(np.int64))
+    batches = Batches(labels, NOTES["classes"], NOTES["batch"])
     start = torch.from_numpy(ARRAYS["W0"])[None], torch.from_numpy(ARRAYS["b0"])[None]
     spec = golden_spec(case)
-    trainer = HeadTrainer(batches, [spec], *start)
+    trainer = HeadTrainer(batches, [Group(rows, [spec], *start)])
     early = 1e-5 if spec.learning_rate == 0.1 else 2e-6
     tolerance = {1: early, 10: early, 200: FINAL.get(case, 6e-6)}
     for step in range(spec.steps):
         trainer.step(step)
         if step + 1 in tolerance:
             expected = ARRAYS[f"{case}/W_{step + 1}"]
-            np.testing.assert_allclose(trainer.weight()[0], expected, atol=tolerance[step + 1], rtol=0)
+            np.testing.assert_allclose(trainer.weight()[0][0], expected, atol=tolerance[step + 1], rtol=0)
 
 
 @pytest.mark.parametrize("case", NOTES["cases"])
 @pytest.mark.parametrize("fraction", ["0.01", "0.05", "0.2"])
 def test_selects_what_the_official_code_selects(case: str, fraction: str) -> None:
-    features, widths = golden_features(case)
     trained = train_heads(
-        features, ARRAYS["y"], [golden_spec(case)], n_classes=5, initial_weight=ARRAYS["W0"],
-        initial_bias=ARRAYS["b0"], unit_norm_widths=widths,
+        golden_features(case), ARRAYS["y"], [golden_spec(case)], n_classes=5, initial_weight=ARRAYS["W0"],
+        initial_bias=ARRAYS["b0"],
     )  # fmt: skip
     kept = keep_top(relevance_scores(trained.weight[0]), float(fraction))
     official = ARRAYS[f"{case}/kept_connectivity_l2_F{fraction}"]
@@ -115,13 +115,35 @@ def test_one_matrix_per_head_equals_single_runs() -> None:
         torch.testing.assert_close(stack.weight[head], alone.weight[0], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_groups_side_by_side_equal_their_single_runs(dtype: Precision) -> None:
+    labels = made()[1]
+    groups = [
+        (made(n_features=90)[0], [HeadSpec(0.01, 20, "l1", 1e-3), HeadSpec(0.1, 20, "l21", 1e-2)]),
+        (np.stack([made(n_features=7, seed=seed)[0] for seed in range(3)]), [HeadSpec(0.1, 20)] * 3),
+        (made(n_features=300)[0], [HeadSpec(0.1, 20, "l2", 1e-3)]),
+    ]
+    stacks = train_groups(groups, labels, n_classes=4, dtype=dtype)
+    for (features, specs), stack in zip(groups, stacks, strict=True):
+        alone = train_heads(features, labels, specs, n_classes=4, dtype=dtype)
+        torch.testing.assert_close(stack.weight, alone.weight, atol=2e-5, rtol=0)
+        torch.testing.assert_close(stack.bias, alone.bias, atol=2e-5, rtol=0)
+        torch.testing.assert_close(stack.train_loss, alone.train_loss, atol=1e-5, rtol=0)
+
+
+def test_groups_of_different_steps_are_refused() -> None:
+    features, labels = made()
+    with pytest.raises(UserError, match="equal steps, got 5, 6"):
+        train_groups([(features, [HeadSpec(0.1, 6)]), (features, [HeadSpec(0.1, 5)])], labels, n_classes=4)
+
+
 @pytest.mark.parametrize("block_bytes", [4 * 28 * 128, 4 * 28 * 320])
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
     features, labels = made(n_features=700)
-    widths = [100, 33, 567]
-    whole = train_heads(features, labels, MIXED, n_classes=4, unit_norm_widths=widths)
+    features = unit_norm(features, FeatureLayout(("a", "b", "c"), (100, 33, 567)))
+    whole = train_heads(features, labels, MIXED, n_classes=4)
     monkeypatch.setitem(head_trainer.BLOCK_BYTES, "cpu", block_bytes)
-    blocked = train_heads(features, labels, MIXED, n_classes=4, unit_norm_widths=widths)
+    blocked = train_heads(features, labels, MIXED, n_classes=4)
     torch.testing.assert_close(blocked.weight, whole.weight, atol=2e-5, rtol=0)
 
 
@@ -139,27 +161,12 @@ def test_a_memory_budget_does_not_change_the_result(heads_within: int) -> None:
 def test_permuting_features_permutes_scores() -> None:
     features, labels = made()
     order = np.random.default_rng(5).permutation(features.shape[1])
-    start = head_trainer.initial_weights(0, features.shape[1], 4)
+    start = head_groups.initial_weights(0, features.shape[1], 4)
     spec = HeadSpec(0.01, 40, "l21", 1e-4)
     plain = train_heads(features, labels, [spec], n_classes=4, initial_weight=start)
     moved = train_heads(features[:, order], labels, [spec], n_classes=4, initial_weight=start[order])
     expected = relevance_scores(plain.weight[0])[order]
     np.testing.assert_allclose(relevance_scores(moved.weight[0]), expected, rtol=1e-3, atol=1e-6)
-
-
-def test_unit_norm_while_reading_equals_unit_norm_before() -> None:
-    features, labels = made()
-    features[:, 20:50] = 0  # a tap of zeros
-    features[7] = 0
-    before = features.copy()
-    for tap in (slice(0, 20), slice(20, 50), slice(50, 90)):
-        norms = np.linalg.norm(before[:, tap], axis=1, keepdims=True)
-        before[:, tap] /= np.where(norms > 0, norms, 1)
-    spec = HeadSpec(0.05, 25, "l21", 1e-3)
-    expected = train_heads(before, labels, [spec], n_classes=4)
-    found = train_heads(features, labels, [spec], n_classes=4, unit_norm_widths=[20, 30, 40])
-    assert torch.isfinite(found.weight).all()
-    torch.testing.assert_close(found.weight, expected.weight, atol=1e-5, rtol=0)
 
 
 def test_rows_of_zero_weights_stay_finite() -> None:
@@ -191,12 +198,12 @@ def test_features_are_read_only_and_unchanged() -> None:
     features, labels = made()
     before = features.copy()
     features.flags.writeable = False
-    train_heads(features, labels, MIXED, n_classes=4, unit_norm_widths=[40, 50])
+    train_heads(features, labels, MIXED, n_classes=4)
     np.testing.assert_array_equal(features, before)
 
 
 def test_seeds_draw_different_starts_within_the_glorot_limit() -> None:
-    first, second = (head_trainer.initial_weights(seed, 600, 4) for seed in (0, 1))
+    first, second = (head_groups.initial_weights(seed, 600, 4) for seed in (0, 1))
     limit = np.sqrt(6 / 604)
     assert not np.allclose(first, second)
     assert np.abs(first).max() <= limit
@@ -210,6 +217,22 @@ def test_bfloat16_products_reach_nearly_the_same_loss() -> None:
     half = train_heads(features, labels, [spec], n_classes=4, dtype="bfloat16")
     assert not torch.equal(full.weight, half.weight)
     torch.testing.assert_close(half.train_loss, full.train_loss, rtol=0.02, atol=0)
+
+
+def test_tf32_is_allowed_during_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = HeadTrainer.step
+
+    def watched(trainer: HeadTrainer, number: int) -> None:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        step(trainer, number)
+
+    monkeypatch.setattr(HeadTrainer, "step", watched)
+    features, labels = made()
+    train_heads(features, labels, [HeadSpec(0.1, 1)], n_classes=4, dtype="tf32")
+    train_heads(features, labels, [HeadSpec(0.1, 1)], n_classes=4)
+    assert seen == [True, False]
+    assert torch.backends.cuda.matmul.allow_tf32 is False
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from h2t import methods
 from h2t.errors import UserError
-from h2t.features import FeatureLayout, select
+from h2t.features import FeatureLayout, select, unit_norm
 from h2t.heads import HeadSpec, train_heads
 from h2t.methods import METHODS, Head, Settings, find_method, fit, predict, search_space
 from h2t.metrics import cross_entropy
@@ -49,8 +49,7 @@ def test_two_phases_end_where_the_official_code_ends(case: str) -> None:
     rate, steps = notes["learning_rate"], notes["training_steps"]
     scoring = HeadSpec(rate, steps, "l21", notes["ow_group_lrp_regularizer_coef"])
     start = {"initial_weight": ARRAYS["W0"], "initial_bias": ARRAYS["b0"]}
-    scored = train_heads(ARRAYS["X"], ARRAYS["y"], [scoring], n_classes=5, **start,
-                         unit_norm_widths=layout.widths)  # fmt: skip
+    scored = train_heads(unit_norm(ARRAYS["X"], layout), ARRAYS["y"], [scoring], n_classes=5, **start)
     kept = keep_top(relevance_scores(scored.weight[0]), notes["keep_fraction"])
     official = np.concatenate([ARRAYS[f"e2e_{case}/sfi_L{tap}"] + layout.offsets[tap] for tap in range(4)])
     order = np.argsort(official)  # the official code keeps a tap's features in the order of their scores
