@@ -24,6 +24,7 @@ What comes from where:
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -120,10 +121,12 @@ class Training:
     """How a training went.
 
     ``losses`` float32 [steps done]: mean cross-entropy of each step's batch before its update, nats;
+    ``seconds``: wall time of the steps, with those before the checkpoint that it went on from;
     ``diverged_at``: the step, counted from 1, whose loss was not finite, or None.
     """
 
     losses: np.ndarray
+    seconds: float
     diverged_at: int | None = None
 
 
@@ -160,32 +163,38 @@ def train(
     optimizer = torch.optim.SGD(
         model.parameters(), learning_rate, options.momentum, weight_decay=options.weight_decay
     )
-    losses = torch.full((steps,), math.nan)
-    start = _restore(model, optimizer, losses, checkpoints)
+    losses = torch.full((steps,), math.nan, device=model.head.weight.device)  # copying each would wait for it
+    start, seconds = _restore(model, optimizer, losses, checkpoints)
+    started = time.perf_counter() - seconds
     runner = DistributedDataParallel(model, find_unused_parameters=True) if batches.workers > 1 else model
     model.train()
     for step in range(start, steps):
         if checkpoints and step > start and step % options.checkpoint_every == 0 and batches.rank == 0:
-            checkpoints.save(_state(model, optimizer, losses, step))
+            checkpoints.save(_state(model, optimizer, losses, step, time.perf_counter() - started))
         optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
         torch.manual_seed(seed * 1_000_003 + step * batches.workers + batches.rank)
-        losses[step] = _step(runner, optimizer, batches, step)
+        with memory_advice(_training_advice(options)):
+            losses[step] = _step(runner, optimizer, batches, step)
         if (step + 1) % LOSSES_CHECKED_EVERY == 0 or step + 1 == steps:
             diverged = _first_not_finite(losses[: step + 1])
             if diverged is not None:
-                return Training(losses[:diverged].numpy(), diverged)
+                return Training(losses[:diverged].cpu().numpy(), time.perf_counter() - started, diverged)
     model.eval()
-    return Training(losses.numpy())
+    return Training(losses.cpu().numpy(), time.perf_counter() - started)
 
 
 def predict_logits(
     model: TrainableModel, images: Sequence[np.ndarray], preprocessing: Preprocessing, batch_size: int = 50
 ) -> np.ndarray:
-    """Logits float32 [n, n_classes] of prepared images, uint8 [height, width, 3] each, in evaluation mode."""
+    """Logits float32 [n, n_classes] of prepared images, uint8 [height, width, 3] each, in evaluation mode.
+
+    Raises UserError where ``batch_size`` images do not fit in memory.
+    """
     model.eval()
     device = model.head.weight.device
     parts = [np.empty((0, model.head.out_features), np.float32)]
-    with torch.no_grad(), memory_advice(model.options):
+    advice = f"predicting {batch_size} images at once does not fit in memory; lower resources.batch_size"
+    with torch.no_grad(), memory_advice(advice):
         for start in range(0, len(images), batch_size):
             batch = to_batch(images[start : start + batch_size], preprocessing, device)
             parts.append(model(batch).cpu().numpy())
@@ -220,21 +229,29 @@ def model_content(data: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def memory_advice(options: FinetuneConfig) -> Iterator[None]:
-    """Turns running out of memory into a UserError that names the settings that help."""
+def memory_advice(advice: str) -> Iterator[None]:
+    """Turns running out of memory into a UserError that says what helps."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         text = str(error).lower()
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate" not in text:
-            raise
-        raise UserError(
-            f"finetune: a batch of {options.batch_size} images does not fit in memory; raise "
-            f"finetune.gradient_accumulation (now {options.gradient_accumulation}: the batch is computed in "
-            "so many parts), set finetune.gradient_checkpointing: true "
-            f"(now {str(options.gradient_checkpointing).lower()}) or "
-            f"finetune.precision: bfloat16 (now {options.precision}), or lower finetune.batch_size"
-        ) from error
+        if (
+            isinstance(error, torch.OutOfMemoryError | MemoryError)
+            or "allocate" in text
+            or "alloc_fail" in text
+        ):
+            raise UserError(advice) from error
+        raise
+
+
+def _training_advice(options: FinetuneConfig) -> str:
+    return (
+        f"finetune: a batch of {options.batch_size} images does not fit in memory; raise "
+        f"finetune.gradient_accumulation (now {options.gradient_accumulation}: the batch is computed in "
+        "so many parts), set finetune.gradient_checkpointing: true "
+        f"(now {str(options.gradient_checkpointing).lower()}) or "
+        f"finetune.precision: bfloat16 (now {options.precision}), or lower finetune.batch_size"
+    )
 
 
 class _Batches:
@@ -284,11 +301,12 @@ def _step(runner: nn.Module, optimizer: torch.optim.Optimizer, batches: _Batches
     total = torch.zeros((), device=device)
     passes = batches.rows(step)
     for number, rows in enumerate(passes):
-        with memory_advice(batches.options), _no_sync(runner, number + 1 < len(passes)):
+        with _no_sync(runner, number + 1 < len(passes)):
             images, labels = batches.read(rows, device)
             loss = nn.functional.cross_entropy(runner(images), labels, reduction="sum")
-            # Gradients of the processes are averaged, hence their number.
-            (loss * (batches.workers / batches.options.batch_size)).backward()
+            with _statistics_kept(runner):
+                # Gradients of the processes are averaged, hence their number.
+                (loss * (batches.workers / batches.options.batch_size)).backward()
         total += loss.detach()
     optimizer.step()
     if batches.workers > 1:
@@ -303,14 +321,33 @@ def _no_sync(runner: nn.Module, more: bool) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _state(model: TrainableModel, optimizer: torch.optim.Optimizer, losses: Tensor, step: int) -> bytes:
+@contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Batch norm leaves its running statistics as they are.
+
+    Gradient checkpointing runs layers again in the backward pass, on a batch that they have counted.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+
+
+def _state(
+    model: TrainableModel, optimizer: torch.optim.Optimizer, losses: Tensor, step: int, seconds: float
+) -> bytes:
     """Everything that the next step depends on, as safetensors."""
     tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         velocity = optimizer.state[parameter].get("momentum_buffer")
         if velocity is not None:
             tensors[f"velocity.{name}"] = velocity.contiguous()
-    tensors["losses"], tensors["step"] = losses, torch.tensor(step)
+    tensors["losses"], tensors["step"], tensors["seconds"] = losses, torch.tensor(step), torch.tensor(seconds)
     return save(tensors)
 
 
@@ -319,11 +356,11 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     losses: Tensor,
     checkpoints: Checkpoints | None,
-) -> int:
-    """Take up a checkpoint; the step to go on with."""
+) -> tuple[int, float]:
+    """Take up a checkpoint; the step to go on with, and the seconds spent until there."""
     data = checkpoints.load() if checkpoints else None
     if data is None:
-        return 0
+        return 0, 0.0
     tensors = load(data)
     model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
     for name, parameter in model.named_parameters():
@@ -332,7 +369,7 @@ def _restore(
             # A new tensor would lose the memory format that later updates, and so their rounding, depend on.
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(velocity)
     losses.copy_(tensors["losses"])
-    return int(tensors["step"])
+    return int(tensors["step"]), float(tensors["seconds"])
 
 
 def _first_not_finite(losses: Tensor) -> int | None:

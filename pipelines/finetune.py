@@ -20,6 +20,7 @@ from h2t.methods import METHODS, Settings
 from h2t.store import RunDirectory
 from h2t.work import TaskWork
 from pipelines.cluster import Cluster, concurrent_trials, trial_resources
+from pipelines.extract import read_manifest
 from pipelines.progress import StageProgress
 from pipelines.sweep import read_selected, selected_file
 from pipelines.trained_predictions import predict_with_trained, prediction_files
@@ -45,9 +46,11 @@ def finetune(
 ) -> int:
     """Run the missing trainings, predict the test images, write the rows; how many trainings ran.
 
-    Raises UserError for a task and method of which no training had a finite loss, and for settings that do
-    not fit the memory or the cluster.
+    Raises UserError for a task and method of which no training had a finite loss, for settings that do not
+    fit the memory or the cluster, and where an earlier stage has not been run.
     """
+    for work in works if trained_methods(config) else []:
+        read_manifest(work, run)  # result rows need it: better missed now than after all the training
     frozen = {work.task.name: _frozen_settings(work, run) for work in works}
     candidates = {work.task.name: _candidates(work, frozen[work.task.name]) for work in works}
     n_trials = run_missing(config, works, candidates, "trials", run, cluster, console)
@@ -131,7 +134,8 @@ def _run_on_tune(
     resources = trial_resources(cluster, config.resources)
     at_once = concurrent_trials(cluster, config.resources)
     if workers > 1:
-        at_once = _concurrent_groups(cluster, resources, workers)
+        fits = _concurrent_groups(cluster, resources, workers)
+        at_once = min(fits, config.resources.concurrent_trials or fits)
     shared = {"trials": trials, "works": {work.task.name: work for work in works}, "run": run,
               "resources": resources}  # fmt: skip
     run_trials(
@@ -166,6 +170,8 @@ def _place(trial: TrainedTrial) -> str:
 def _run_piece(number: int, shared: dict[str, Any]) -> None:
     trial: TrainedTrial = shared["trials"][number]
     work: TaskWork = shared["works"][trial.task]
+    if shared["run"].exists(trial.file):
+        return  # done before the worker of an earlier attempt died
     selection = selection_of(work, trial, shared["run"])
     if work.config.finetune.workers_per_trial == 1:
         run_trial(work, trial, selection, shared["run"])
@@ -180,7 +186,10 @@ def _run_on_workers(
     run: RunDirectory,
     resources: dict[str, float],
 ) -> None:
-    """The same training, data parallel on the workers of a ``TorchTrainer``."""
+    """The same training, data parallel on the workers of a ``TorchTrainer``.
+
+    Raises UserError for a user's mistake that a worker meets.
+    """
 
     def on_worker() -> None:
         run_trial(work, trial, selection, run)
@@ -188,7 +197,7 @@ def _run_on_workers(
     # Ray Train's own 30 s are too few where importing the libraries takes as long, and it starts all over.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     with tempfile.TemporaryDirectory() as scratch:
-        TorchTrainer(
+        trainer = TorchTrainer(
             on_worker,
             scaling_config=ray_train.ScalingConfig(
                 num_workers=work.config.finetune.workers_per_trial,
@@ -196,4 +205,11 @@ def _run_on_workers(
                 resources_per_worker={"CPU": resources["cpu"], "GPU": resources["gpu"]},
             ),
             run_config=ray_train.RunConfig(storage_path=scratch, name="workers"),
-        ).fit()
+        )
+        try:
+            trainer.fit()
+        except ray_train.WorkerGroupError as error:
+            mistakes = [
+                failure for failure in error.worker_failures.values() if isinstance(failure, UserError)
+            ]
+            raise (mistakes[0] if mistakes else error) from None

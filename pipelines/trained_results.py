@@ -25,7 +25,8 @@ def write_trained_results(
     """Result rows of one task from adapted models and predictions; Head2Toe-FT+ copies those it chose."""
     models = [trial.file for trial in final]
     folder = f"{work.folder('results')}/kind=trained"
-    name = work.file("results", "trained", "results.parquet", models, selected_file)
+    # Head2Toe-FT+ may copy rows of frozen heads, which have seeds of their own.
+    name = work.file("results", "trained", "results.parquet", models, selected_file, work.config.seeds)
     missing, _ = run.reconcile(folder, [name] if final else [])
     if not missing:
         return
@@ -86,6 +87,7 @@ def _result(
         "status": content["status"],
         "fingerprint": work.fingerprint,
         "train_loss": content["train_loss"],
+        "diverged_at": content["diverged_at"] or 0,
     }
 
 

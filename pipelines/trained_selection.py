@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pandas as pd
 
 from h2t.errors import UserError
-from h2t.methods import Settings
+from h2t.methods import METHODS, Settings
 from h2t.store import RunDirectory
 from h2t.work import TaskWork, backbone_folder
 from pipelines.sweep import SETTINGS, select, selected_file
@@ -16,7 +16,9 @@ from pipelines.trained_trials import TrainedTrial, frozen_for, trained_methods, 
 def trained_selected_file(work: TaskWork, candidates: list[TrainedTrial]) -> str:
     """Where the chosen settings of the trained methods of a task lie."""
     config = work.config
-    parts = [trained_methods(config), config.finetune.learning_rate, config.finetune.steps]
+    # With Head2Toe-FT+, which is chosen here, though it has no training of its own.
+    methods = [method for method in config.methods if METHODS[method].trains_backbone]
+    parts = [methods, config.finetune.learning_rate, config.finetune.steps]
     parts += [[trial.file for trial in candidates], selected_file(work)]
     return work.file("selected", "trained", "selected.parquet", *parts)
 

@@ -6,7 +6,6 @@ Train. The worker of rank 0 writes the file, so both ways leave the same.
 """
 
 import resource
-import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -60,7 +59,9 @@ def trained_trial(
     work: TaskWork, settings: Settings, seed: int, fold: int | None, frozen: Settings | None
 ) -> TrainedTrial:
     """The training with those settings and the name of its file."""
-    parts = [training_fingerprint(work), asdict(settings), seed, frozen and asdict(frozen)]
+    # What Head2Toe keeps depends on how its heads are trained.
+    read = frozen and [work.training, asdict(frozen)]
+    parts = [training_fingerprint(work), asdict(settings), seed, read]
     if fold is None:
         name = f"{settings.method}-seed-{seed}.safetensors"
         return TrainedTrial(
@@ -75,9 +76,11 @@ def trained_trial(
 
 def training_fingerprint(work: TaskWork) -> str:
     """Changes with whatever every training of a task depends on, beside its settings, seed and fold."""
-    config = work.config
-    how = config.finetune.model_dump(mode="json", exclude=WITHOUT_EFFECT)
-    return fingerprint(work.fingerprint, config.seed, how)
+    config, options = work.config, work.config.finetune
+    ignored = WITHOUT_EFFECT
+    if options.workers_per_trial > 1 and options.batch_norm == "batch":
+        ignored = ignored - {"workers_per_trial"}  # each normalises its part of a batch by itself
+    return fingerprint(work.fingerprint, config.seed, options.model_dump(mode="json", exclude=ignored))
 
 
 def backbone_to_train(config: Config, method: str, seed: int, device: str = "cpu") -> Backbone:
@@ -134,6 +137,8 @@ def run_trial(work: TaskWork, trial: TrainedTrial, selection: Selection | None, 
     """Train, and as rank 0 write the trial's file; goes on from the checkpoint of a killed trial."""
     config, settings = work.config, trial.settings
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of the trials that this process has done before
     torch.set_num_threads(config.resources.cpus_per_trial)
     backbone = backbone_to_train(config, settings.method, trial.seed, device)
     preprocessing = preprocessing_of(config.backbone, backbone)
@@ -150,7 +155,7 @@ def run_trial(work: TaskWork, trial: TrainedTrial, selection: Selection | None, 
         images, labels = read_images(work, "train", work.row_order("train"), preprocessing)
     else:
         images, labels = read_images(work, work.fold_split, work.fold(trial.fold)[0], preprocessing)
-    started = time.perf_counter()
+    checkpoint = checkpoint_file(work, trial)
     done = train(
         model,
         images,
@@ -159,15 +164,17 @@ def run_trial(work: TaskWork, trial: TrainedTrial, selection: Selection | None, 
         learning_rate=settings.learning_rate,
         steps=settings.steps,
         seed=trial.seed,
-        checkpoints=_checkpoints(work, trial, run),
+        checkpoints=_checkpoints(checkpoint, run),
     )
     if is_initialized() and get_rank() > 0:
         return
-    content = _content(work, trial, selection, done, time.perf_counter() - started, backbone.weights)
+    content = _content(work, trial, selection, done, backbone.weights)
     if trial.fold is None:
         run.write(trial.file, save_model(model, selection, content))
     else:
         run.write_frame(trial.file, pd.DataFrame([_row(work, trial, model, preprocessing, content)]))
+    if run.exists(checkpoint):
+        run.delete(checkpoint)
 
 
 def checkpoint_folder(work: TaskWork) -> str:
@@ -175,17 +182,25 @@ def checkpoint_folder(work: TaskWork) -> str:
     return f"{work.folder('checkpoints')}/kind=trained"
 
 
-def _checkpoints(work: TaskWork, trial: TrainedTrial, run: RunDirectory) -> Checkpoints:
-    name = f"{checkpoint_folder(work)}/{trial.file.rpartition('/')[2]}.safetensors"
+def checkpoint_file(work: TaskWork, trial: TrainedTrial) -> str:
+    """The file of the checkpoint of a training, as long as that is unfinished."""
+    return f"{checkpoint_folder(work)}/{trial.file.rpartition('/')[2]}.safetensors"
+
+
+def _checkpoints(name: str, run: RunDirectory) -> Checkpoints:
     return Checkpoints(
         load=lambda: run.read(name) if run.exists(name) else None, save=lambda data: run.write(name, data)
     )
 
 
 def _content(
-    work: TaskWork, trial: TrainedTrial, selection: Selection, done: Training, seconds: float, weights: str
+    work: TaskWork, trial: TrainedTrial, selection: Selection, done: Training, weights: str
 ) -> dict[str, Any]:
-    """Plain values that describe a training."""
+    """Plain values that describe a training.
+
+    ``peak_memory_bytes``: of the training's tensors on a GPU; else of the process, which may have done other
+    trainings before.
+    """
     epoch = -(-len(work.labels["train"]) // work.config.finetune.batch_size)
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
@@ -201,7 +216,7 @@ def _content(
         "n_kept": len(selection.kept),
         "train_loss": float(np.mean(done.losses[-epoch:])) if len(done.losses) else float("nan"),
         "losses": [round(float(loss), 5) for loss in done.losses],
-        "seconds": seconds,
+        "seconds": done.seconds,
         "peak_memory_bytes": peak,
         "status": "done" if done.diverged_at is None else "failed",
         "diverged_at": done.diverged_at,

@@ -90,15 +90,20 @@ def affinity_table(results: pd.DataFrame) -> ReportTable | None:
             "Affinity in the paper": data["paper_affinity"].map(signed),
         }
     )
+    ranks = correlations(data)
     note = (
         "Linear minus scratch, in points of percent, lowest (farthest from the source domain) first. The "
-        f"paper's is with ResNet-50, from its Table 1. {' '.join(correlations(data))}"
+        "paper's is with ResNet-50, from its Table 1."
     )
+    note = " ".join([note, *ranks, *([_printed_correlations()] if ranks else [])])
     return ReportTable("affinity", "Domain affinity", note, data, with_backbone(data, display))
 
 
 def correlations(affinities: pd.DataFrame) -> list[str]:
-    """Spearman's correlations that the paper looks at (sections 2 and 3.2, Appendix F), a sentence each."""
+    """Spearman's correlations as in sections 2 and 3.2 and Appendix F of the paper, a sentence each.
+
+    The gain is Head2Toe's, where section 3.2 has that of the best single layer beside the embedding.
+    """
     found = []
     columns = {str(backbone): rows.set_index("task") for backbone, rows in affinities.groupby("backbone")}
     for backbone, rows in columns.items():
@@ -116,6 +121,14 @@ def correlations(affinities: pd.DataFrame) -> list[str]:
         for what, rank, n in said
         if not math.isnan(rank)
     ]
+
+
+def _printed_correlations() -> str:
+    resnet, vit = (paper.gain_correlation(backbone) for backbone in ("resnet50", "vitb16"))
+    return (
+        f"The paper's Table 1 gives {resnet:.2f} (ResNet-50) and {vit:.2f} (ViT-B/16) for gain with "
+        f"affinity, {paper.affinity_correlation():.2f} for affinity between the two."
+    )
 
 
 def _affinities(results: pd.DataFrame, backbone: str) -> list[dict[str, Any]]:
@@ -174,7 +187,9 @@ def cost_table(results: pd.DataFrame, costs: Mapping[str, BackboneCost]) -> Repo
     keys = ["backbone", "task", "method"]
     data = rows.groupby(keys, as_index=False)[[*measured, "n_classes", "steps"]].median()
     finetuning = [_finetuning(row, costs) for row in data.to_dict("records")]
-    data["flops_vs_finetuning"] = data["modelled_flops"] / [flops for flops, _ in finetuning]
+    own = pd.Series(_of_method(data, "finetune", "modelled_flops")) / _of_method(data, "finetune", "steps")
+    as_many_steps = (own * data["steps"]).fillna(pd.Series([flops for flops, _ in finetuning]))
+    data["flops_vs_finetuning"] = data["modelled_flops"] / as_many_steps
     data["size_vs_finetuning"] = data["modelled_storage_bytes"] / [size for _, size in finetuning]
     for name, column, method in [
         ("flops_vs_linear", "modelled_flops", "linear"),
@@ -185,8 +200,9 @@ def cost_table(results: pd.DataFrame, costs: Mapping[str, BackboneCost]) -> Repo
     data = in_paper_order(data, results, keys)
     note = (
         "Modelled, as in Appendix B of the paper: operations of one training with the chosen hyperparameters "
-        "and bytes to keep for a task; fine-tuning for as many steps. Measured: the training alone, medians "
-        "over seeds on the machine of this run."
+        "and bytes to keep for a task; fine-tuning for as many steps, with its own batch size where it was "
+        "run. Measured: the training alone, and the peak memory of its process (on a GPU, of its tensors); "
+        "medians over seeds on the machine of this run."
     )
     return ReportTable("costs", "Costs", note, data, with_backbone(data, _cost_display(data)))
 
@@ -226,7 +242,10 @@ def _cost_display(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def _finetuning(row: Mapping[Any, Any], costs: Mapping[str, BackboneCost]) -> tuple[float, float]:
-    """Operations and bytes of fine-tuning for as many steps; NaN where the backbone's are not known."""
+    """Operations and bytes of fine-tuning for as many steps, in batches of the paper's size.
+
+    NaN where the backbone's are not known.
+    """
     cost = costs.get(row["backbone"])
     if cost is None:
         return math.nan, math.nan

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import nn
 
 from h2t.backbones import Backbone, load_backbone
@@ -141,9 +142,11 @@ def test_a_training_that_is_cut_off_goes_on_to_the_same_weights(
     with pytest.raises(CutOff):
         trained(images, new_model(features, options), Checkpoints(lambda: None, save_and_stop))
     resumed = new_model(features, options, backbone_seed=5, seed=5)
-    again = trained(images, resumed, Checkpoints(lambda: bytes(kept), lambda data: None))
+    spent = save({**load(bytes(kept)), "seconds": torch.tensor(1000.0)})
+    again = trained(images, resumed, Checkpoints(lambda: spent, lambda data: None))
     np.testing.assert_array_equal(again.losses, losses)
     assert largest_difference(resumed, whole) == 0
+    assert 1000 < again.seconds < 1100
 
 
 @pytest.mark.parametrize("features", SELECTIONS)
@@ -155,19 +158,33 @@ def test_a_batch_in_parts_gives_the_same_weights(images: list[np.ndarray], featu
     assert largest_difference(parts, whole) < 1e-5
 
 
-def test_gradient_checkpointing_gives_the_same_weights(images: list[np.ndarray]) -> None:
-    def vit(checkpointing: bool) -> TrainableModel:
-        backbone = load_backbone("test_vit", weights="random")
+@pytest.mark.parametrize(("name", "size"), [("test_vit", 160), ("test_resnet", 32)])
+def test_gradient_checkpointing_gives_the_same_weights(
+    images: list[np.ndarray], name: str, size: int
+) -> None:
+    """Running statistics too: batch norm must not count what is computed again."""
+
+    def model_of(checkpointing: bool) -> TrainableModel:
+        backbone = load_backbone(name, weights="random", image_size=size)
         options = OPTIONS.model_copy(update={"gradient_checkpointing": checkpointing})
         return TrainableModel(backbone, embedding_selection(backbone), 2, options=options)
 
-    plain, checkpointed = vit(False), vit(True)
+    plain, checkpointed = model_of(False), model_of(True)
     settings = {"learning_rate": 0.1, "steps": 2}
     for model in (plain, checkpointed):
-        train(model, images[:10], LABELS[:10], Preprocessing(160), **settings)
+        train(model, images[:10], LABELS[:10], Preprocessing(size), **settings)
+    counters = {key: value for key, value in checkpointed.state_dict().items() if "num_batches" in key}
+    plain.load_state_dict(counters, strict=False)
     assert largest_difference(plain, checkpointed) < 1e-5
-    with pytest.raises(UserError, match="gradient_accumulation instead"):
-        new_model("selected", OPTIONS.model_copy(update={"gradient_checkpointing": True}))
+
+
+def test_gradient_checkpointing_is_refused_where_it_can_not_be_had() -> None:
+    options = OPTIONS.model_copy(update={"gradient_checkpointing": True})
+    with pytest.raises(UserError, match=r"head2toe_ft reads .*gradient_accumulation instead"):
+        new_model("selected", options)
+    backbone = load_backbone("dla46x_c", weights="random", image_size=64)
+    with pytest.raises(UserError, match="dla46x_c does not offer it"):
+        TrainableModel(backbone, embedding_selection(backbone), 2, options=options)
 
 
 def test_lower_precision_learns_as_well(images: list[np.ndarray]) -> None:
@@ -214,10 +231,38 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_its_step(images: list[
     np.testing.assert_array_equal(np.isfinite(result.losses), [True] * (len(result.losses) - 1) + [False])
 
 
-def test_too_large_a_batch_names_the_settings_that_help() -> None:
-    with pytest.raises(UserError) as caught, memory_advice(OPTIONS):
-        torch.empty(2**55)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]
+)
+@pytest.mark.parametrize("place", ["forward", "update"])
+def test_too_large_a_batch_names_the_settings_that_help(
+    images: list[np.ndarray], error: Exception, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    model = new_model()
+    monkeypatch.setattr(*((model.head, "forward") if place == "forward" else (torch.optim.SGD, "step")), fail)
+    with pytest.raises(UserError, match="a batch of 10 images does not fit in memory") as caught:
+        trained(images, model)
     for setting in ("batch_size", "gradient_accumulation", "gradient_checkpointing", "precision"):
-        assert setting in str(caught.value)
-    with pytest.raises(RuntimeError, match="size"), memory_advice(OPTIONS):
+        assert f"finetune.{setting}" in str(caught.value)
+
+
+def test_too_many_images_to_predict_name_their_own_setting(
+    images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    model = new_model()
+    monkeypatch.setattr(model.head, "forward", fail)
+    with pytest.raises(UserError, match=r"predicting 5 images .* lower resources\.batch_size"):
+        predict_logits(model, images, PREPROCESSING, batch_size=5)
+
+
+def test_only_running_out_of_memory_is_given_that_advice() -> None:
+    with pytest.raises(UserError, match="buy more"), memory_advice("buy more"):
+        torch.empty(2**55)
+    with pytest.raises(RuntimeError, match="size"), memory_advice("buy more"):
         torch.zeros(2) @ torch.zeros(3)

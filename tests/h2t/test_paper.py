@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -68,3 +69,18 @@ def test_affinity_is_linear_minus_scratch():
     affinity = paper.domain_affinity("resnet50")
     assert next(iter(affinity)) == "dSpr-Loc"
     assert math.isclose(affinity["Pets"], 87.4 - 13.3)
+
+
+def test_spearmans_correlations_of_table_1():
+    """Appendix F has 0.907 between the backbones."""
+    assert paper.affinity_correlation() == pytest.approx(0.868, abs=5e-4)
+    assert paper.gain_correlation("resnet50") == pytest.approx(-0.789, abs=5e-4)
+    assert paper.gain_correlation("vitb16") == pytest.approx(-0.239, abs=5e-4)
+
+
+@pytest.mark.parametrize("backbone", paper.BACKBONES)
+def test_rounding_changes_the_order_of_no_two_affinities(backbone):
+    """Both accuracies of a difference are rounded to 0.1, so two differences are off by 0.2 at most."""
+    affinities = list(paper.domain_affinity(backbone).values())
+    gaps = [after - before for before, after in pairwise(affinities)]
+    assert min(gaps) >= 0.2 - 1e-9

@@ -13,24 +13,30 @@ import torch
 from rich.console import Console
 from safetensors.torch import load, save_file
 
+from h2t import paper
 from h2t.backbones import load_backbone
 from h2t.config import Config
+from h2t.costs import BackboneCost
 from h2t.errors import UserError
 from h2t.methods import METHODS
 from h2t.store import RunDirectory
+from h2t.tasks import VTAB_1K
 from h2t.work import TaskWork, open_tasks
 from pipelines.cluster import Cluster
 from pipelines.evaluate import evaluate
-from pipelines.extract import extract
-from pipelines.finetune import finetune, run_missing
+from pipelines.extract import extract, read_manifest
+from pipelines.finetune import _run_piece, finetune, run_missing
+from pipelines.report.comparisons import affinity_table, cost_table
+from pipelines.report.page import build_report
 from pipelines.sweep import sweep
 from pipelines.trained_selection import read_trained_selected, write_trained_selected
 from pipelines.trained_trials import (
     TrainedTrial,
-    checkpoint_folder,
+    checkpoint_file,
     run_trial,
     trained_search_space,
     trained_trial,
+    training_fingerprint,
 )
 from tests.pipelines.conftest import kill_workers, output, small_config
 
@@ -110,6 +116,44 @@ def test_head2toe_ft_reads_what_the_frozen_head_kept(all_methods: RunDirectory) 
     assert results.loc["scratch", "weights"].tolist() == ["random, seed 0", "random, seed 1"]
 
 
+def test_fine_tuning_costs_all_of_what_fine_tuning_costs(
+    all_methods: RunDirectory, images: Path, weights: str
+) -> None:
+    """With batches of 8 too, where the frozen heads' and the paper's are of 128."""
+    (work,) = open_tasks(config_of(images, weights, list(METHODS)))
+    cost = BackboneCost(**read_manifest(work, all_methods)["cost"])
+    table = cost_table(rows_of(all_methods, "results"), {"test_efficientnet": cost}).data
+    shares = table.set_index("method")["flops_vs_finetuning"]
+    assert shares[["finetune", "scratch"]].tolist() == pytest.approx([1, 1])
+    assert shares["head2toe_ft"] > 1
+
+
+def test_the_published_correlations_stand_beside_our_own() -> None:
+    rows = [
+        {"backbone": "resnet50", "task": task.name, "group": task.group, "method": method, "seed": 0,
+         "test_accuracy": paper.accuracies("resnet50", method)[task.title] / 100}
+        for method in ("linear", "head2toe", "scratch")
+        for task in VTAB_1K
+    ]  # fmt: skip
+    table = affinity_table(pd.DataFrame(rows))
+    assert table is not None
+    assert "correlation of gain with affinity, resnet50: -0.79 over 19 tasks" in table.note
+    assert "Table 1 gives -0.79 (ResNet-50) and -0.24 (ViT-B/16)" in table.note
+    assert "0.87 for affinity between the two" in table.note
+
+
+def test_head2toe_ft_plus_may_come_and_go(
+    all_methods: RunDirectory, images: Path, weights: str, cluster: Cluster
+) -> None:
+    def run_with(methods: list[str]) -> set[str]:
+        config = config_of(images, weights, methods, grid={"target_size": [16], "steps": [5]})
+        assert run_trained(config, all_methods, cluster) == 0
+        return set(rows_of(all_methods, "results", "trained")["method"])
+
+    assert run_with(list(METHODS)[:-1]) == {"scratch", "finetune", "head2toe_ft"}
+    assert run_with(list(METHODS)) == {"scratch", "finetune", "head2toe_ft", "head2toe_ft_plus"}
+
+
 def test_what_is_lost_is_trained_again_to_the_same_rows(
     all_methods: RunDirectory, images: Path, weights: str, cluster: Cluster, console: Console
 ) -> None:
@@ -163,19 +207,72 @@ def test_a_training_that_diverges_leaves_a_row_with_its_step(
         write_trained_selected(work, trials[:1], None, run)
 
 
+def test_a_final_training_that_diverges_is_a_failed_result_that_the_report_counts(
+    images: Path, weights: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    run = RunDirectory(str(tmp_path))
+    finetune = {"learning_rate": [1e30], "steps": [40], "folds": 0}
+    config = config_of(images, weights, ["scratch"], seeds=[0], finetune=finetune)
+    extract(config, open_tasks(config), run, cluster, Console(quiet=True))
+    run_trained(config, run, cluster)
+    (failed,) = rows_of(run, "results").to_dict("records")
+    assert (failed["status"], failed["learning_rate"], failed["n_correct"]) == ("failed", 1e30, 0)
+    assert 1 < failed["diverged_at"] <= 40
+    assert np.isnan(failed["test_accuracy"])
+    assert set(rows_of(run, "predictions")["scratch_seed0"]) == {-1}
+    page = build_report(rows_of(run, "results"), pd.DataFrame(), pd.DataFrame(), None, {})["index.html"]
+    assert b"Trainings that failed: 1." in page
+
+
+def test_a_training_is_done_anew_when_what_it_depends_on_changes(images: Path, weights: str) -> None:
+    def fingerprint(**finetune: Any) -> str:
+        return training_fingerprint(
+            open_tasks(config_of(images, weights, ["finetune"], finetune=finetune))[0]
+        )
+
+    assert fingerprint() == fingerprint(checkpoint_every=7) == fingerprint(seeds=[1])
+    assert fingerprint() != fingerprint(momentum=0.8)
+    assert fingerprint() != fingerprint(workers_per_trial=2), "each worker has statistics of its own"
+    frozen = {"batch_norm": "frozen"}
+    assert fingerprint(**frozen) == fingerprint(**frozen, workers_per_trial=2)
+
+
+def test_head2toe_ft_is_trained_anew_when_the_frozen_heads_are(images: Path, weights: str) -> None:
+    def files(batch_size: int) -> list[str]:
+        (work,) = open_tasks(config_of(images, weights, ["finetune"], batch_size=batch_size))
+        points = (replace(trained_search_space(work.config, "finetune", None)[0], method=name)
+                  for name in ("head2toe_ft", "finetune"))  # fmt: skip
+        return [
+            trained_trial(work, point, 0, 0, point if point.method == "head2toe_ft" else None).file
+            for point in points
+        ]
+
+    (through_taps, finetuned), (other, same) = files(128), files(64)
+    assert through_taps != other
+    assert finetuned == same
+
+
+def test_a_training_whose_file_is_there_is_not_done_again(images: Path, weights: str, tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path))
+    work, trial = one_trial(config_of(images, weights, ["finetune"]))
+    run.write(trial.file, b"written before the worker died")
+    _run_piece(0, {"trials": [trial], "works": {"first": work}, "run": run})
+    assert run.read(trial.file) == b"written before the worker died"
+
+
 def test_a_killed_worker_is_replaced_and_goes_on_from_its_checkpoint(
     images: Path, weights: str, cluster: Cluster, tmp_path: Path
 ) -> None:
     run, undisturbed = RunDirectory(str(tmp_path / "killed")), RunDirectory(str(tmp_path / "undisturbed"))
     config = config_of(images, weights, ["finetune"])
     work, trial = one_trial(config, steps=80)
+    checkpoint = checkpoint_file(work, trial)
     seen: list[int] = []
 
     def kill() -> None:
-        while not run.names(checkpoint_folder(work)):
+        while not run.exists(checkpoint):
             time.sleep(0.02)
         assert kill_workers(b"ray::ImplicitFunc") == 1
-        (checkpoint,) = run.names(checkpoint_folder(work))
         seen.append(int(load(run.read(checkpoint))["step"]))
 
     killer = threading.Thread(target=kill, daemon=True)
@@ -183,6 +280,7 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_checkpoint(
     run_missing(config, [work], {"first": [trial]}, "trials", run, cluster, Console(quiet=True))
     killer.join()
     assert 0 < seen[0] < 80
+    assert not run.exists(checkpoint)
     run_trial(work, trial, None, undisturbed)
     rows = [directory.read_frame([trial.file]).drop(columns="seconds") for directory in (run, undisturbed)]
     pd.testing.assert_frame_equal(*rows)
@@ -191,10 +289,10 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_checkpoint(
 def test_two_workers_train_what_one_does(
     images: Path, weights: str, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """Batch norm is frozen: on batch statistics each worker would normalise its own part."""
+    """In two parts each. Batch norm is frozen: on batch statistics every part would be normalised alone."""
     states = []
     for workers in (1, 2):
-        finetune = {"batch_norm": "frozen", "workers_per_trial": workers}
+        finetune = {"batch_norm": "frozen", "workers_per_trial": workers, "gradient_accumulation": workers}
         config = config_of(images, weights, ["finetune"], finetune=finetune)
         run = RunDirectory(str(tmp_path / str(workers)))
         work, trial = one_trial(config, fold=None)
@@ -226,6 +324,15 @@ def test_recipes_that_can_not_work_are_refused(
         )
 
 
+def test_a_stage_that_is_missing_is_named_before_anything_is_trained(
+    images: Path, weights: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    run = RunDirectory(str(tmp_path))
+    with pytest.raises(UserError, match="run the extract stage first"):
+        run_trained(config_of(images, weights, ["scratch"]), run, cluster)
+    assert not run.names("", recursive=True)
+
+
 def test_more_workers_than_the_cluster_holds_are_refused(
     images: Path, weights: str, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -235,3 +342,31 @@ def test_more_workers_than_the_cluster_holds_are_refused(
         run_missing(
             config, [work], {"first": [trial]}, "trials", RunDirectory(str(tmp_path)), cluster, Console()
         )
+
+
+def test_a_mistake_that_only_the_workers_meet_is_one_message(
+    images: Path, weights: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    config = config_of(images, weights, ["finetune"], finetune={"workers_per_trial": 2, "batch_size": 19})
+    work, trial = one_trial(config, fold=None)
+    with pytest.raises(UserError, match=r"^finetune: the last batch of 20 training images has 1, fewer than"):
+        run_missing(
+            config, [work], {"first": [trial]}, "heads", RunDirectory(str(tmp_path)), cluster, Console()
+        )
+
+
+def test_trials_of_several_workers_are_as_many_as_fit_and_at_most_those_asked_for(
+    images: Path, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("pipelines.finetune.run_trials", lambda *_, at_once, **__: asked.append(at_once))
+    large = Cluster(cpus=32, gpus=0, nodes=1, local=True, cores=30)
+    for concurrent in (3, None):
+        resources = {"concurrent_trials": concurrent}
+        finetune = {"workers_per_trial": 5}
+        config = config_of(images, weights, ["finetune"], finetune=finetune, resources=resources)
+        work, trial = one_trial(config)
+        run_missing(
+            config, [work], {"first": [trial]}, "trials", RunDirectory(str(tmp_path)), large, Console()
+        )
+    assert asked == [3, 6]
