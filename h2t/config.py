@@ -187,6 +187,11 @@ class Config(_Section):
         for method, needed in (("head2toe_ft", "head2toe"), ("head2toe_ft_plus", "head2toe_ft")):
             if method in self.methods and needed not in self.methods:
                 raise ValueError(f"methods: {method} builds on {needed}, which is not listed; add it")
+        if self.finetune.gradient_checkpointing and "head2toe_ft" in self.methods:
+            raise ValueError(
+                "finetune.gradient_checkpointing: head2toe_ft reads features inside the parts of the network "
+                "that would be computed twice; use finetune.gradient_accumulation instead"
+            )
         if self.finetune.folds == 0 and "head2toe_ft_plus" in self.methods:
             raise ValueError("methods: head2toe_ft_plus chooses by cross-validation, but finetune.folds is 0")
         if not set(self.finetune.seeds or self.seeds) <= set(self.seeds):

@@ -38,6 +38,10 @@ def evaluate(
     config: Config, works: Sequence[TaskWork], run: RunDirectory, cluster: Cluster, console: Console
 ) -> int:
     """Train the final heads, predict the test images and write the result rows; how many images were read."""
+    works = [work for work in works if work.trials()]
+    if not works:
+        console.print(f"{'evaluate':<9} nothing to do: no method on frozen features")
+        return 0
     run.require((selected_file(work) for work in works), "sweep")
     chosen = {work.task.name: read_selected(work, run) for work in works}
     train_final_heads(works, chosen, run, cluster, console)

@@ -47,7 +47,8 @@ def sweep(
     else:
         console.print(f"{'sweep':<9} nothing to do: all trials are there")
     for work in works:
-        write_selected(work, run)
+        if work.trials():
+            write_selected(work, run)
     return len(missing)
 
 

@@ -49,7 +49,20 @@ def run_trials(
     if any(mistakes):
         raise UserError(next(mistake for mistake in mistakes if mistake))
     if outcome.num_errors:
-        raise UserError(f"{outcome.num_errors} of {n_pieces} trials failed; the first: {outcome.errors[0]}")
+        first = str(outcome.errors[0])
+        raise UserError(
+            f"{outcome.num_errors} of {n_pieces} trials failed; the first: {first}{_memory_advice(first)}"
+        )
+
+
+def _memory_advice(error: str) -> str:
+    """What to do about a worker that Ray has killed for the memory it took; nothing for another error."""
+    if "memory" not in error.lower():
+        return ""
+    return (
+        "\nIf the node ran out of memory: lower resources.concurrent_trials or "
+        "resources.memory_per_trial_gb, or raise finetune.gradient_accumulation where the backbone is trained"
+    )
 
 
 class _OnDone(tune.Callback):

@@ -28,6 +28,7 @@ from pipelines.extract import extract, read_manifest
 from pipelines.finetune import _run_piece, finetune, run_missing
 from pipelines.report.comparisons import affinity_table, cost_table
 from pipelines.report.page import build_report
+from pipelines.run import STAGES, run_stages
 from pipelines.sweep import sweep
 from pipelines.trained_selection import read_trained_selected, write_trained_selected
 from pipelines.trained_trials import (
@@ -97,6 +98,18 @@ def test_all_nine_methods_have_results_in_the_same_columns(all_methods: RunDirec
     assert trials.groupby("method").size().to_dict() == {"scratch": 4, "finetune": 4, "head2toe_ft": 4}
     assert set(rows_of(all_methods, "trials", "frozen")) <= set(trials)
     assert not list(Path(all_methods.uri, "checkpoints").rglob("*.safetensors"))
+
+
+def test_trained_methods_alone_need_no_frozen_heads(
+    images: Path, weights: str, cluster: Cluster, tmp_path: Path, console: Console
+) -> None:
+    run = RunDirectory(str(tmp_path))
+    config = config_of(images, weights, ["scratch"], grid={"target_size": [16]})
+    run_stages(config, run.uri, list(STAGES), console)
+    assert rows_of(run, "results").groupby("method")["seed"].apply(list).to_dict() == {"scratch": [0, 1]}
+    assert "no method on frozen features" in output(console)
+    assert rows_of(run, "trials", "frozen").empty
+    assert run.exists("report/index.html")
 
 
 def test_head2toe_ft_plus_takes_what_validated_better(all_methods: RunDirectory) -> None:
