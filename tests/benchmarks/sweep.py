@@ -25,6 +25,7 @@ from tabulate import tabulate
 from h2t.config import Config, parse_config
 from h2t.feature_files import write_features
 from h2t.features import FeatureLayout
+from h2t.heads import Precision
 from h2t.store import RunDirectory
 from h2t.work import TaskWork, open_tasks
 from pipelines.cluster import Cluster, connect
@@ -35,6 +36,7 @@ from tests.benchmarks.heads import (
     N_CLASSES,
     N_FEATURES,
     N_TAPS,
+    PRECISIONS,
     RATES,
     SCORING_COEFFICIENTS,
     STEPS,
@@ -45,7 +47,7 @@ from tests.benchmarks.heads import (
 N_IMAGES, TARGET_SIZE = 1000, 512
 
 
-def recipe(folder: Path, shorter: int) -> Config:
+def recipe(folder: Path, shorter: int, dtype: Precision) -> Config:
     """A task of images without content: the sweep reads their labels and the feature files alone."""
     buffer = io.BytesIO()
     Image.new("L", (1, 1)).save(buffer, "png")
@@ -63,7 +65,7 @@ def recipe(folder: Path, shorter: int) -> Config:
         "keep_fraction": list(FRACTIONS),
     }
     backbone = {"name": "test_efficientnet", "weights": "random"}
-    data = {"name": "sweep", "backbone": backbone, "tasks": [task], "grid": grid}
+    data = {"name": "sweep", "backbone": backbone, "tasks": [task], "grid": grid, "head_dtype": dtype}
     return parse_config({**data, "resources": {"concurrent_trials": 1}}, "sweep")
 
 
@@ -82,9 +84,9 @@ def write_made_up_features(work: TaskWork, run: RunDirectory) -> None:
         )
 
 
-def measure(cluster: Cluster, shorter: int, folder: Path) -> dict[str, float]:
+def measure(cluster: Cluster, shorter: int, dtype: Precision, folder: Path) -> dict[str, str | float]:
     """The wall time of the stage, what of it is training, and the plain loop's."""
-    config = recipe(folder, shorter)
+    config = recipe(folder, shorter, dtype)
     works, run = open_tasks(config), RunDirectory(str(folder / "run"))
     write_made_up_features(works[0], run)
     started = time.perf_counter()
@@ -94,6 +96,7 @@ def measure(cluster: Cluster, shorter: int, folder: Path) -> dict[str, float]:
     training, n_folds = rows["seconds"].sum(), config.cross_validation.n_folds
     plain = plain_sweep_seconds(sweep_settings(shorter)) * n_folds
     return {
+        "products": dtype,
         "settings x folds": len(rows),
         "sweep, s": wall,
         "plain loop, s": plain,
@@ -111,9 +114,11 @@ def main() -> None:
     parser.add_argument("--shorter", type=int, default=10)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        row = measure(connect(), given.shorter, Path(folder))
-    print(tabulate([row], headers="keys", floatfmt=".3g"))
+    rows = []
+    for dtype in PRECISIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measure(connect(), given.shorter, dtype, Path(folder)))
+    print(tabulate(rows, headers="keys", floatfmt=".3g"))
 
 
 if __name__ == "__main__":
