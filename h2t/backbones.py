@@ -71,6 +71,8 @@ def load_backbone(
     timm_name = preset.timm_name if preset else _checked_timm_name(name)
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size: expected 1 pixel or more, got {image_size}")
     config = get_pretrained_cfg(timm_name)
     own_size = config.input_size[-1]
     size = image_size or (preset.image_size if preset else own_size)
@@ -126,7 +128,7 @@ def _create(
         if is_shipped_form(state):
             state = timm_names(state, create())
         model = create(pretrained=True, pretrained_cfg_overlay={"state_dict": state})
-    except (RuntimeError, KeyError, IndexError) as error:
+    except (RuntimeError, KeyError, IndexError, ValueError) as error:
         raise UserError(f"weights '{path}' do not fit {timm_name}: {error}") from error
     return model, f"{path.name}, sha256 {found}"
 

@@ -55,7 +55,7 @@ class _Watcher:
     def see(self, name: str, module: nn.Module, given: Tensor, returned: Tensor) -> None:
         call = self.calls[name] = self.calls.get(name, -1) + 1
         if name == self.classifier:
-            self.see_classifier(given)
+            self.see_classifier(module, given)
         elif isinstance(module, nn.Linear | nn.Conv2d):
             self.channels_last = isinstance(module, nn.Linear)
         elif _is_norm(module):
@@ -63,10 +63,13 @@ class _Watcher:
         elif self.form_of_activation(returned):
             self.see_activation(name, call, given, returned)
 
-    def see_classifier(self, given: Tensor) -> None:
-        if not self.embedding:
-            form: Form = "tokens" if given.ndim == 3 else "map" if given.shape[2:].numel() > 1 else "vector"
-            self.embedding.append(Tap("pre_logits", self.classifier, form, "input"))
+    def see_classifier(self, module: nn.Module, given: Tensor) -> None:
+        if self.embedding:
+            return
+        form: Form = "tokens" if given.ndim == 3 else "map" if given.shape[2:].numel() > 1 else "vector"
+        if form == "map" and (self.channels_last or isinstance(module, nn.Linear)):
+            form = "map_channels_last"
+        self.embedding.append(Tap("pre_logits", self.classifier, form, "input"))
 
     def see_norm(self, name: str, call: int, module: nn.Module, returned: Tensor) -> None:
         self.channels_last = _normalizes_last_axis(module)

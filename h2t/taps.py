@@ -32,7 +32,7 @@ class TapReader:
         *,
         gradients: bool = False,
     ) -> None:
-        _check(target_sizes, cls_token)
+        _check(backbone, target_sizes, cls_token)
         self.backbone = backbone
         self.target_sizes = tuple(target_sizes)
         self.cls_token = cls_token
@@ -84,7 +84,7 @@ def describe(
     backbone: Backbone, target_sizes: Sequence[int], cls_token: ClassToken = "normal"
 ) -> list[TapRow]:
     """The taps of a backbone in network order, with shapes and numbers of features."""
-    _check(target_sizes, cls_token)
+    _check(backbone, target_sizes, cls_token)
     shapes = tap_shapes(backbone)
     return [
         TapRow(
@@ -118,7 +118,7 @@ def feature_layout(backbone: Backbone, target_size: int, cls_token: ClassToken =
     Warns where a tap is too small for the target, so that the official rule takes the mean of all its
     positions.
     """
-    _check([target_size], cls_token)
+    _check(backbone, [target_size], cls_token)
     shapes = tap_shapes(backbone)
     small = [name for name, shape in shapes.items() if falls_back(shape, target_size)]
     if small:
@@ -180,9 +180,16 @@ def _arranged(activation: Tensor, tap: Tap, model: nn.Module) -> Tensor:
     return activation
 
 
-def _check(target_sizes: Sequence[int], cls_token: str) -> None:
+def _check(backbone: Backbone, target_sizes: Sequence[int], cls_token: str) -> None:
     for size in target_sizes:
         if size < 1:
             raise UserError(f"target size {size}: expected a whole number from 1")
     if cls_token not in CLASS_TOKEN_TREATMENTS:
         raise unknown("treatment of the class token", cls_token, CLASS_TOKEN_TREATMENTS)
+    # The first token of such a model is a corner of the image.
+    if cls_token != "normal" and not any(
+        "cls_token" in name for name, _ in backbone.model.named_parameters()
+    ):
+        raise UserError(
+            f"{backbone.name} has no class token: expected the treatment 'normal', got '{cls_token}'"
+        )

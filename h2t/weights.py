@@ -84,7 +84,12 @@ def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
         state = next(
             (state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)), state
         )
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    # An empty one counts as well: for timm it would mean to take the model hub's weights instead.
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+    ):
         raise UserError(f"weights '{path}': expected a dictionary of tensors by name")
     return state
 
@@ -97,7 +102,7 @@ def is_shipped_form(state: dict[str, Tensor]) -> bool:
 def timm_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The weights of a shipped EfficientNet-Lite file under the names in timm's ``model``.
 
-    Raises KeyError or IndexError where they belong to another model.
+    Raises KeyError, IndexError or ValueError where they belong to another model.
     """
     # The file numbers the blocks flatly: blocks.0.0, blocks.1.0, blocks.1.1, ...
     blocks = [

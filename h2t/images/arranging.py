@@ -57,7 +57,7 @@ def arrange(
         n_test: likewise for the test rows.
 
     Raises:
-        UserError: a negative number.
+        UserError: a negative number. More rows than there are raise it when they are first counted.
     """
     for name, value in (("shuffle", shuffle), ("n_train", n_train), ("n_test", n_test)):
         if value is not None and value < 0:
@@ -76,4 +76,6 @@ def _order(arranged: ArrangedSource, split: Split) -> np.ndarray:
         # Two streams: the order of one split says nothing about the other's.
         order = np.random.default_rng([arranged.shuffle, split == "test"]).permutation(n_rows)
     limit = arranged.n_train if split == "train" else arranged.n_test
+    if limit > n_rows:
+        raise UserError(f"n_{split}: expected at most the {n_rows} images that there are, got {limit}")
     return order[:limit] if limit else order

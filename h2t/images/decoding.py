@@ -25,7 +25,7 @@ def decode(image: Image) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return _checked_array(image)
     if not image.data:
-        raise BadImage(image.path, "missing or empty file")
+        raise BadImage(image.path, "missing or empty file, or one that may not be read")
     try:
         with PillowImage.open(io.BytesIO(image.data)) as opened:
             pixels = _to_rgb(opened)

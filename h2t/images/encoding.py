@@ -4,7 +4,6 @@ import io
 from functools import lru_cache
 
 from PIL import Image as PillowImage
-from PIL import UnidentifiedImageError
 
 from h2t.tasks import Task
 
@@ -27,12 +26,14 @@ def describe_encoding(data: bytes, task: Task) -> str:
     """The encoding of a task's image in words; 'lossy JPEG copy' where the original was lossless.
 
     Where the original is a JPEG too, one with exactly the tables of Pillow's default quality is
-    'JPEG of quality 75, probably re-encoded': so the widespread VTAB-1k archive was written.
+    'JPEG of quality 75, probably re-encoded': so the widespread VTAB-1k archive was written. 'unknown' where
+    there is no image or a damaged one.
     """
     try:
         with PillowImage.open(io.BytesIO(data)) as image:
             return _describe(image, task)
-    except (UnidentifiedImageError, OSError, SyntaxError):
+    # Pillow's readers raise almost anything on damaged bytes; decoding will say what is wrong.
+    except Exception:
         return "unknown"
 
 

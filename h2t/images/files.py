@@ -43,17 +43,23 @@ def task_folder(root: str, task: Task, prefixes: Sequence[str] = ("",)) -> str |
     return next((info.path for info in found if info.type == FileType.Directory), None)
 
 
-def require_root(root: str | None, task: Task, layout: str) -> str:
-    """``root``, once something is there.
+def require_root(root: str | None, task: Task, layout: str, *, may_be_file: bool = False) -> str:
+    """``root``, once a folder is there, or a file where that will do.
 
     Raises:
-        SourceUnavailable: no root was given, or nothing is there.
+        SourceUnavailable: no root was given, nothing is there, or its object store cannot be reached.
     """
     if not root:
         raise SourceUnavailable(f"the images of {task.name} need a root: {layout}")
     filesystem, path = open_root(root)
-    if filesystem.get_file_info(path).type == FileType.NotFound:
+    try:
+        found = filesystem.get_file_info(path).type
+    except OSError as error:
+        raise SourceUnavailable(f"the images of {task.name}: cannot look into {root}: {error}") from error
+    if found == FileType.NotFound:
         raise SourceUnavailable(f"the images of {task.name} are not at {root}: expected {layout}")
+    if found == FileType.File and not may_be_file:
+        raise SourceUnavailable(f"the images of {task.name}: {root} is a file, expected {layout}")
     return root
 
 
@@ -103,13 +109,16 @@ def natural_order(name: str) -> list[tuple[int, int, str]]:
 
 
 def read_files(filesystem: FileSystem, paths: Sequence[str]) -> list[bytes]:
-    """Whole files; no bytes for one that is not there. Remote ones are read several at a time."""
+    """Whole files; no bytes for one that is not there or not ours to read.
+
+    Remote ones are read several at a time.
+    """
 
     def read(path: str) -> bytes:
         try:
             with filesystem.open_input_file(path) as file:
                 return file.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             return b""
 
     if isinstance(filesystem, LocalFileSystem) or len(paths) < 2:

@@ -88,10 +88,12 @@ def open_folder(task: Task, root: str | None, *, test_fraction: float = 0.2, see
 
     Raises:
         SourceUnavailable: nothing there.
-        UserError: a share outside (0, 1).
+        UserError: a share outside (0, 1), or a negative seed.
     """
     if not 0 < test_fraction < 1:
         raise UserError(f"test_fraction: expected a number between 0 and 1, got {test_fraction}")
+    if seed < 0:
+        raise UserError(f"seed: expected 0 or more, got {seed}")
     root = require_root(root, task, _LAYOUT)
     filesystem, base = open_root(root)
     folder = base if "train" in list_folders(filesystem, base) else task_folder(root, task) or base

@@ -68,4 +68,5 @@ def _check_option(format: str, name: str, value: Any, known: dict[str, Any]) -> 
         raise unknown(f"option of {format} images", name, known)
     expected = known[name] | int if known[name] is float else known[name]
     if isinstance(value, bool) or not isinstance(value, expected):
-        raise UserError(f"option '{name}' of {format} images: expected {expected}, got {value!r}")
+        wanted = getattr(expected, "__name__", expected)
+        raise UserError(f"option '{name}' of {format} images: expected {wanted}, got {value!r}")

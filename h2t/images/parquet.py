@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -69,10 +70,12 @@ class ParquetSource:
         return _rows(self, split).name(row)
 
     def problems(self, split: Split) -> Iterator[RowProblem]:
-        """Labels that are null, and indices that occur twice."""
+        """Labels and indices that are null, and indices that occur twice."""
         listed = _rows(self, split)
         for row in np.flatnonzero(listed.labels < 0).tolist():
             yield RowProblem(row, listed.name(row), "no label, or one that is negative or over 2^31")
+        for row in np.flatnonzero(listed.index < 0).tolist():
+            yield RowProblem(row, listed.name(row), "no index, or one that is negative")
         for row in (np.flatnonzero(np.diff(listed.index) == 0) + 1).tolist():
             yield RowProblem(row, listed.name(row), f"index {listed.index[row]} occurs twice")
 
@@ -108,7 +111,7 @@ def open_parquet(
     Raises:
         SourceUnavailable: nothing there.
     """
-    root = require_root(root, task, _LAYOUT)
+    root = require_root(root, task, _LAYOUT, may_be_file=True)
     filesystem, path = open_root(root)
     if filesystem.get_file_info(path).type == FileType.File:
         return ParquetSource(root, path, task, image, label, train, test)
@@ -165,9 +168,10 @@ def _name(source: ParquetSource, split: Split) -> str:
 
 def _rows_of_file(source: ParquetSource, path: str, split: Split) -> dict[str, np.ndarray]:
     """Columns group, row, labels and, where the file has it, index; of the rows of the split."""
-    with _open(source.root, path) as file:
+    with _reading(source.root, path) as file:
         names = file.schema_arrow.names
         label = _label_column(file.schema_arrow, path, source.label)
+        _image_field(file.schema_arrow, path, source.image)  # to be told now, not by a worker later
         table = file.read([label, *(name for name in (_INDEX_COLUMN, _SPLIT_COLUMN) if name in names)])
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     columns = {
@@ -175,8 +179,9 @@ def _rows_of_file(source: ParquetSource, path: str, split: Split) -> dict[str, n
         "row": _joined([np.arange(size) for size in sizes]),
         "labels": _labels_or_minus_one(table.column(label)),
     }
-    if _INDEX_COLUMN in names:
-        columns["index"] = table.column(_INDEX_COLUMN).to_numpy()
+    # A column of that name that holds something else, such as a name, does not number the rows.
+    if _INDEX_COLUMN in names and pa.types.is_integer(table.schema.field(_INDEX_COLUMN).type):
+        columns["index"] = table.column(_INDEX_COLUMN).cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
     if _SPLIT_COLUMN in names:
         wanted = np.array(table.column(_SPLIT_COLUMN).to_pylist(), dtype=object) == _name(source, split)
         return {name: column[wanted] for name, column in columns.items()}
@@ -217,15 +222,22 @@ def _column(schema: pa.Schema, path: str, stated: str, usual: Sequence[str], wha
 @lru_cache(maxsize=2)
 def _image_column(source: ParquetSource, path: str, group: int) -> pa.ChunkedArray:
     """Image bytes of a row group: binary [n]."""
-    with _open(source.root, path) as file:
-        name = _column(file.schema_arrow, path, source.image, _IMAGE_COLUMNS, "image")
-        field = file.schema_arrow.field(name)
+    with _reading(source.root, path) as file:
+        field = _image_field(file.schema_arrow, path, source.image)
         if _is_bytes(field.type):
-            return file.read_row_group(group, [name]).column(name)
-        if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
-            return pc.struct_field(file.read_row_group(group, [f"{name}.bytes"]).column(name), "bytes")
+            return file.read_row_group(group, [field.name]).column(field.name)
+        return pc.struct_field(
+            file.read_row_group(group, [f"{field.name}.bytes"]).column(field.name), "bytes"
+        )
+
+
+def _image_field(schema: pa.Schema, path: str, stated: str) -> pa.Field:
+    """The column of images: binary, or a struct with a field ``bytes``."""
+    field = schema.field(_column(schema, path, stated, _IMAGE_COLUMNS, "image"))
+    if _is_bytes(field.type) or (pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0):
+        return field
     raise UserError(
-        f"column '{name}' of {path} is {field.type}: expected binary, or a struct with a field 'bytes'"
+        f"column '{field.name}' of {path} is {field.type}: expected binary, or a struct with a field 'bytes'"
     )
 
 
@@ -233,10 +245,13 @@ def _is_bytes(type: pa.DataType) -> bool:
     return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
 
 
-def _open(root: str, path: str) -> pq.ParquetFile:
+@contextmanager
+def _reading(root: str, path: str) -> Iterator[pq.ParquetFile]:
+    """The opened file; what pyarrow raises on a damaged one, here or while it is read, is a UserError."""
     try:
-        return pq.ParquetFile(open_root(root)[0].open_input_file(path))
-    except pa.ArrowInvalid as error:
+        with pq.ParquetFile(open_root(root)[0].open_input_file(path)) as file:
+            yield file
+    except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
 
 

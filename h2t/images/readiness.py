@@ -54,7 +54,10 @@ def _check(task: Task, root: str, format: str) -> TaskReadiness:
     states = [_check_split(source, task, split) for split in _SPLITS]
     faults = [fault for _, fault in states if fault]
     found = " + ".join(str(n_images) for n_images, _ in states)
-    return TaskReadiness(task.name, "incomplete" if faults else "ready", found, expected, "; ".join(faults))
+    if not faults:
+        return TaskReadiness(task.name, "ready", found, expected, "")
+    advice = faults if faults == [_whole_training_set(task)] else [*faults, how]
+    return TaskReadiness(task.name, "incomplete", found, expected, "; ".join(advice))
 
 
 def _check_split(source: ImageSource, task: Task, split: Split) -> tuple[int, str]:
@@ -65,9 +68,13 @@ def _check_split(source: ImageSource, task: Task, split: Split) -> tuple[int, st
     except UserError as error:
         return 0, str(error)
     expected = task.n_train if split == "train" else task.n_test
-    if bad:
+    if n_images and bad:
         first = f"{bad[0].path}: {bad[0].reason}" if bad[0].path else bad[0].reason
         return n_images, f"{len(bad)} bad rows in {split}, first {first}"
     if split == "train" and n_images > expected:
-        return n_images, f"whole training set: use the options shuffle: 0 and n_train: {expected}"
+        return n_images, _whole_training_set(task)
     return n_images, "" if n_images == expected else f"{split} has {n_images} of {expected} images"
+
+
+def _whole_training_set(task: Task) -> str:
+    return f"whole training set: use the options shuffle: 0 and n_train: {task.n_train}"

@@ -1,7 +1,7 @@
 """The VTAB-1k archive that circulates: a folder per task with images and lists of them.
 
 ``<root>/<folder>/train800val200.txt`` (or ``train800.txt`` and ``val200.txt``) and ``test.txt`` hold lines
-``images/test/000000.jpg 307``: a path below the task's folder, a space, a label.
+``images/test/000000.jpg 307``: a path below the task's folder, a space or tab, a label.
 """
 
 import posixpath
@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
-from pyarrow.fs import FileSelector, FileSystem
+from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from h2t.images.encoding import describe_encoding
 from h2t.images.files import open_root, read_files, read_text, require_root, task_folder
@@ -64,14 +65,20 @@ class Vtab1kSource:
 
     def provenance(self) -> dict[str, str]:
         """Root, lists read, and whether the images are a lossy copy."""
-        paths = [posixpath.join(self.folder, path) for path in _rows(self, "train").paths[:1]]
         return {
             "source": "vtab1k",
             "root": self.root,
-            "encoding": describe_encoding(b"".join(read_files(open_root(self.root)[0], paths)), self.task),
+            "encoding": describe_encoding(self._first_image(), self.task),
             "rows": _describe_order(self.root, self.folder),
             "licence": self.task.licence,
         }
+
+    def _first_image(self) -> bytes:
+        """The first training image whose row has no problem; no bytes where there is none."""
+        bad = {problem.index for problem in self.problems("train")}
+        usable = (row for row in range(len(_rows(self, "train").paths)) if row not in bad)
+        paths = [self.name("train", row) for row in islice(usable, 1)]
+        return b"".join(read_files(open_root(self.root)[0], paths))
 
 
 def open_vtab1k(task: Task, root: str | None) -> Vtab1kSource:
@@ -124,19 +131,25 @@ def parse_lists(lists: Sequence[tuple[str, str]]) -> _Listed:
 
 
 def _parse_line(line: str) -> tuple[str, int]:
-    """Path and label of a line; the label is -1 where there is none. Paths may hold spaces."""
-    path, _, label = line.strip().rpartition(" ")
-    if not path or not label.isdecimal() or int(label) > np.iinfo(np.int32).max:
+    """Path and label of a line; the label is -1 where the line has no such two. Paths may hold spaces."""
+    path, label = [*line.rsplit(maxsplit=1), ""][:2]
+    # Python refuses to read thousands of digits; int32 holds no more than ten.
+    if not label.isdecimal() or len(label) > 10 or int(label) > np.iinfo(np.int32).max or "\0" in path:
         return line.strip(), -1
-    return path.strip(), int(label)
+    # One spelling of a path, so that a file that is listed twice is found, and one that is there too.
+    return posixpath.normpath(path.strip()), int(label)
 
 
 def _present_files(filesystem: FileSystem, folder: str, paths: Sequence[str]) -> set[str]:
-    """Which of the paths exist, by one listing per directory: a look-up per file is slow on object stores."""
+    """Which of the paths are files, by one listing per directory: a look-up each is slow on object stores."""
     present = set()
     for directory in {posixpath.dirname(path) for path in paths}:
         selector = FileSelector(posixpath.join(folder, directory), allow_not_found=True)
-        present |= {posixpath.join(directory, info.base_name) for info in filesystem.get_file_info(selector)}
+        try:
+            found = filesystem.get_file_info(selector)
+        except NotADirectoryError:
+            continue
+        present |= {posixpath.join(directory, info.base_name) for info in found if info.type == FileType.File}
     return present
 
 

@@ -132,6 +132,9 @@ def _samples_of_shard(filesystem: FileSystem, shard: str) -> list[_Sample]:
         ):
             for key, members in _by_key(archive):
                 samples.append(_sample(shard, key, members, archive))
+            # tarfile takes damage in the middle, and an end without its mark, for the end.
+            if file.read_at(tarfile.BLOCKSIZE, archive.offset) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no header and no end mark at byte {archive.offset}")
     except tarfile.TarError as error:
         raise SourceUnavailable(f"{shard} is not a whole tar file: {error}") from error
     return samples

@@ -174,8 +174,18 @@ def test_a_pickled_program_is_refused(tmp_path: Path) -> None:
     torch.save(Path, tmp_path / "a.pth")
     with pytest.raises(UserError, match="not a readable file of weights"):
         load_backbone(TINY, weights=str(tmp_path / "a.pth"))
-    torch.save({"epoch": 3}, tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3}, {}, {"state_dict": {}}, {1: torch.zeros(2)}, [1, 2]])
+def test_a_file_without_tensors_by_name_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "b.pth")
     with pytest.raises(UserError, match="expected a dictionary of tensors"):
+        load_backbone(TINY, weights=str(tmp_path / "b.pth"))
+
+
+def test_names_of_no_known_form_are_refused(tmp_path: Path) -> None:
+    torch.save({"_conv_stem.weight": torch.zeros(3), "_blocks.0.a": torch.zeros(1)}, tmp_path / "b.pth")
+    with pytest.raises(UserError, match=f"weights '.*' do not fit {TINY}"):
         load_backbone(TINY, weights=str(tmp_path / "b.pth"))
 
 
@@ -216,6 +226,12 @@ def test_unknown_names_bring_the_nearest() -> None:
 def test_an_image_size_that_does_not_fit_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"image_size 7 does not suit {name}"):
         load_backbone(name, weights="random", image_size=7)
+
+
+@pytest.mark.parametrize("image_size", [0, -4])
+def test_an_image_has_pixels(image_size: int) -> None:
+    with pytest.raises(UserError, match=f"image_size: expected 1 pixel or more, got {image_size}"):
+        load_backbone(TINY, weights="random", image_size=image_size)
 
 
 def test_presets_are_listed() -> None:

@@ -153,6 +153,17 @@ def test_class_token_of_vit_and_its_treatments() -> None:
     assert widths[:3] == (1536, 1536, 1536)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "swin_tiny_patch4_window7_224", "mixer_s32_224"])
+def test_a_treatment_of_the_class_token_needs_one(name: str) -> None:
+    backbone = load_backbone(name, weights="random", image_size=FAMILIES[name])
+    for use in (TapReader, describe):
+        with pytest.raises(UserError, match=f"{name} has no class token: .*'normal', got 'only_cls'"):
+            use(backbone, [512], "only_cls")
+    with pytest.raises(UserError, match="has no class token"):
+        feature_layout(backbone, 512, "nopool_cls")
+    assert hooks_of(backbone.model) == 0
+
+
 class TwiceTheSame(nn.Module):
     """A network that calls its one normalisation twice."""
 
@@ -189,6 +200,39 @@ def test_a_module_that_is_called_twice_is_two_taps() -> None:
             first, second, *_ = reader(images)[3]
             torch.testing.assert_close(first, once.mean((2, 3)))
             torch.testing.assert_close(second, model.norm(model.conv(once)).mean((2, 3)))
+
+
+class ClassifiesEveryPosition(nn.Module):
+    """A network whose classifier is given a map with channels last, as that of timm's Sequencer is."""
+
+    num_classes = 4
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 1)
+        self.norm = nn.LayerNorm(5)
+        self.head = head
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(images).permute(0, 2, 3, 1))).mean((1, 2))
+
+
+@pytest.mark.parametrize("head", [nn.Linear(5, 4), nn.Sequential(nn.Identity(), nn.Linear(5, 4))])
+def test_a_classifier_of_every_position_reads_channels_last(head: nn.Module) -> None:
+    from h2t.discovery import discover_taps
+
+    model = ClassifiesEveryPosition(head).eval()
+    taps = discover_taps(model, 8)
+    assert taps[1] == Tap("pre_logits", "head", "map_channels_last", "input")
+    backbone = Backbone("all", model, taps, 8, (0.5,) * 3, (0.5,) * 3, "pre_logits", "random")
+    images = some_images(backbone)
+    with TapReader(backbone, [5]) as reader:
+        norm, embedding, _ = reader(images)[5]
+    torch.testing.assert_close(embedding, norm)
+    assert embedding.shape == (3, 5)
 
 
 def test_gradients_flow_through_the_taps_when_asked() -> None:

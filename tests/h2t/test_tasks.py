@@ -24,6 +24,16 @@ def test_sizes_of_vtab():
     assert [task.n_classes for task in VTAB_1K] == classes
 
 
+def test_folders_and_test_sizes_of_vtab():
+    assert {task.folder: task.n_test for task in VTAB_1K} == {
+        "cifar": 10_000, "caltech101": 6_084, "dtd": 1_880, "oxford_flowers102": 6_149,
+        "oxford_iiit_pet": 3_669, "svhn": 26_032, "sun397": 21_750, "patch_camelyon": 32_768,
+        "eurosat": 5_400, "resisc45": 6_300, "diabetic_retinopathy": 42_670, "clevr_count": 15_000,
+        "clevr_dist": 15_000, "dmlab": 22_735, "kitti": 711, "dsprites_loc": 73_728,
+        "dsprites_ori": 73_728, "smallnorb_azi": 12_150, "smallnorb_ele": 12_150,
+    }  # fmt: skip
+
+
 def test_no_name_alias_or_folder_means_two_tasks():
     for names in (lambda task: {task.name, *task.aliases}, lambda task: {task.folder}):
         everything = [name for task in VTAB_1K for name in names(task)]

@@ -1,12 +1,16 @@
 """Decoding: every kind of image that data sets hold, and those that are no images."""
 
 import pickle
+import struct
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from h2t.images import BadImage, EncodedImage, decode
+from h2t.images.encoding import describe_encoding
+from h2t.tasks import find_task
 
 
 @pytest.mark.parametrize(
@@ -128,6 +132,27 @@ def test_bad_files_name_themselves(random_pixels, encode):
 def test_arrays_of_another_kind_are_bad(array):
     with pytest.raises(BadImage, match=r"expected uint8 \[height, width, 3\]"):
         decode(array)
+
+
+def test_damaged_bytes_are_bad_images_and_nothing_else(random_pixels, encode):
+    """Whatever a reader makes of damage: pixels, or BadImage; and the provenance never fails on it."""
+    generator = np.random.default_rng(0)
+    for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "JPEG2000"):
+        whole = np.frombuffer(encode(random_pixels(), format), dtype=np.uint8)
+        for _ in range(40):
+            damaged = whole[: generator.integers(1, len(whole) + 1)].copy()
+            damaged[generator.integers(0, len(damaged), 3)] = generator.integers(0, 256, 3)
+            with suppress(BadImage):
+                assert decode(EncodedImage(damaged.tobytes(), "a")).dtype == np.uint8
+            assert describe_encoding(damaged.tobytes(), find_task("pets"))
+
+
+def test_an_impossible_size_is_bad(encode):
+    header = bytearray(encode(np.zeros((2, 2, 3), dtype=np.uint8), "BMP"))
+    header[18:26] = struct.pack("<ii", 100_000, 100_000)
+    with pytest.raises(BadImage, match="exceeds limit"):
+        decode(EncodedImage(bytes(header), "a"))
+    assert describe_encoding(bytes(header), find_task("pets")) == "unknown"
 
 
 def test_bad_image_survives_pickling_between_workers():

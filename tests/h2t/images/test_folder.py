@@ -97,6 +97,12 @@ def test_an_empty_split_and_too_many_classes(tree):
 def test_wrong_settings(tree, tmp_path):
     with pytest.raises(UserError, match="test_fraction: expected a number between 0 and 1, got 1"):
         open_source("folder", TASK, str(tree("a/a.png")), {"test_fraction": 1})
+    with pytest.raises(UserError, match="seed: expected 0 or more, got -1"):
+        open_source("folder", TASK, str(tmp_path), {"seed": -1})
+    with pytest.raises(UserError, match="option 'seed' of folder images: expected int, got 'one'"):
+        open_source("folder", TASK, str(tmp_path), {"seed": "one"})
+    with pytest.raises(SourceUnavailable, match=r"a\.png is a file, expected a folder"):
+        open_source("folder", TASK, str(tmp_path / "a" / "a.png"), {})
     with pytest.raises(UserError, match="option 'test_fraction' of folder images: expected"):
         open_source("folder", TASK, str(tmp_path), {"test_fraction": "a fifth"})
     with pytest.raises(SourceUnavailable, match="are not at"):

@@ -172,6 +172,52 @@ def test_files_that_are_something_else(tmp_path, noise):
         opened(tmp_path).labels("test")
 
 
+def test_a_column_of_images_is_looked_for_before_any_is_read(tmp_path, noise):
+    _, images = noise(2)
+    for table, message in (
+        (pa.table({"label": [0, 1]}), r"no image column in .*train\.parquet: expected one of image"),
+        (pa.table({"image": ["a.png", "b.png"], "label": [0, 1]}), "column 'image' of .* is string"),
+    ):
+        pq.write_table(table, tmp_path / "train.parquet")
+        with pytest.raises(UserError, match=message):
+            opened(tmp_path).labels("train")
+    pq.write_table(flat(images, [0, 1]), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"unknown image column of .* 'imag': did you mean image"):
+        opened(tmp_path, image="imag").labels("train")
+
+
+def test_only_integers_number_the_rows(tmp_path, noise):
+    _, images = noise(3)
+    pq.write_table(flat(images, [0, 1, 2], index=["c", "a", "b"]), tmp_path / "train.parquet")
+    assert opened(tmp_path).labels("train").tolist() == [0, 1, 2]
+    pq.write_table(flat(images, [0, 1, 2], index=pa.array([1, None, 0])), tmp_path / "train.parquet")
+    source = opened(tmp_path)
+    bad = {row.path[-3:]: row.reason for row in check_rows(source, FLOWERS, "train")}
+    assert bad == {"0:1": "no index, or one that is negative"}
+    assert len(source.labels("train")) == 3
+
+
+def test_damage_inside_a_file(tmp_path):
+    path = tmp_path / "train.parquet"
+    pq.write_table(flat([b"photograph" * 500] * 4, range(4)), path, compression="zstd", use_dictionary=False)
+    content = path.read_bytes()
+    start = pq.ParquetFile(path).metadata.row_group(0).column(0).data_page_offset
+    path.write_bytes(content[: start + 40] + b"\x07" * 30 + content[start + 70 :])
+    with pytest.raises(UserError, match=r"train\.parquet cannot be read as Parquet"):
+        opened(tmp_path).read("train", [0])
+    path.write_bytes(content[:-60] + b"\xff" * 50 + content[-10:])
+    with pytest.raises(UserError, match=r"train\.parquet cannot be read as Parquet"):
+        opened(tmp_path).labels("train")
+
+
+def test_more_rows_than_there_are(tmp_path, noise):
+    for split in ("train", "test"):
+        pq.write_table(flat(noise(3)[1], range(3)), tmp_path / f"{split}.parquet")
+    assert len(opened(tmp_path, n_train=3).labels("train")) == 3
+    with pytest.raises(UserError, match="n_train: expected at most the 3 images that there are, got 4"):
+        opened(tmp_path, n_train=4).labels("train")
+
+
 def test_large_binary_and_a_seeded_part(tmp_path, noise):
     pixels, images = noise(20)
     for split in ("train", "test"):

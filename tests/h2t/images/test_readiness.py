@@ -40,6 +40,7 @@ def test_each_task_is_ready_incomplete_or_missing(archive, tmp_path):
     archive("cifar", 3, 2)
     archive("dtd", 3, 1)
     archive("svhn", 3, 2, label="10")
+    archive("dmlab", 3, 0)
     root = archive("kitti", 3, 2)
     (tmp_path / "vtab-1k" / "kitti" / "test.txt").unlink()
     (tmp_path / "vtab-1k" / "cifar" / "test.txt").touch()
@@ -50,10 +51,12 @@ def test_each_task_is_ready_incomplete_or_missing(archive, tmp_path):
         "3 + 2",
         "",
     )
-    assert (found["dtd"].status, found["dtd"].advice) == ("incomplete", "test has 1 of 2 images")
+    how = "; add dtd/ from a copy of the VTAB-1k archive, or write Parquet: h2t prepare --from tfds"
+    assert (found["dtd"].status, found["dtd"].advice) == ("incomplete", "test has 1 of 2 images" + how)
     assert found["svhn"].status == "incomplete"
     assert "3 bad rows in train" in found["svhn"].advice
     assert "label 10 is out of range: expected 0 to 9" in found["svhn"].advice
+    assert found["dmlab"].advice.startswith("test has 0 of 2 images; add dmlab/")
     assert (found["kitti"].status, found["kitti"].found) == ("incomplete", "3 + 0")
     assert "expected test.txt" in found["kitti"].advice
     assert found["oxford_iiit_pet"].status == "missing"
@@ -74,6 +77,10 @@ def test_whole_training_sets_get_advice(tmp_path, encode):
 def test_wrong_roots(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         check_root(str(tmp_path / "nowhere"), "vtab1k")
+    (tmp_path / "list.txt").touch()
+    for format in ("vtab1k", "parquet", "webdataset", "folder"):
+        with pytest.raises(UserError, match=r"list\.txt is a file, expected the folder that holds the tasks"):
+            check_root(str(tmp_path / "list.txt"), format)
     with pytest.raises(UserError, match="unknown image format 'bundled'"):
         check_root(str(tmp_path), "bundled")
 

@@ -123,6 +123,9 @@ def test_missing_objects_are_rows_like_missing_files(stored, put, endpoint):
 def test_roots_that_are_not_there(endpoint):
     with pytest.raises(SourceUnavailable, match="are not at"):
         open_source("parquet", TASK, root(endpoint, "nowhere"), {})
+    nobody = "s3://images/there?endpoint_override=127.0.0.1:9&scheme=http"  # nothing listens on this port
+    with pytest.raises(SourceUnavailable, match="the images of eurosat: cannot look into s3://images/there"):
+        open_source("parquet", TASK, nobody, {})
     with pytest.raises(UserError, match="cannot open the image root 'ftp://"):
         open_source("parquet", TASK, "ftp://somewhere/else", {})
 

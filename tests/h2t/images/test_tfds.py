@@ -1,8 +1,10 @@
 """VTAB's label rules and splits, on made-up records of each data set's schema."""
 
+import importlib.util
 import io
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,6 +27,8 @@ from h2t.images.tfds import (
 )
 from h2t.tasks import VTAB_1K, find_task
 
+TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
+
 # Sizes of the splits that TensorFlow Datasets has, by data set.
 SIZES = {
     "cifar100": {"train": 50_000, "test": 10_000},
@@ -46,8 +50,48 @@ SIZES = {
 }
 
 
+# Where VTAB's 200 validation images begin, in which split; its training set is the first 800 of ``train``.
+VALIDATION = {
+    "cifar100": ("train", 45_000),
+    "caltech101": ("train", 2_754),
+    "dtd": ("validation", 0),
+    "oxford_flowers102": ("validation", 0),
+    "oxford_iiit_pet": ("train", 2_944),
+    "svhn": ("train", 65_931),
+    "sun397": ("validation", 0),
+    "patch_camelyon": ("validation", 0),
+    "eurosat": ("train", 16_200),
+    "resisc45": ("train", 18_900),
+    "diabetic_retinopathy": ("validation", 0),
+    "clevr_count": ("train", 63_000),
+    "clevr_dist": ("train", 63_000),
+    "dmlab": ("validation", 0),
+    "kitti": ("validation", 0),
+    "dsprites_loc": ("train", 589_824),
+    "dsprites_ori": ("train", 589_824),
+    "smallnorb_azi": ("test", 0),
+    "smallnorb_ele": ("test", 0),
+}
+
+
 def sizes_of(task):
     return SIZES[RECIPES[task.name].dataset.split(":")[0].split("/")[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "first"),
+    [
+        ("clevr_count", "validation", 0),
+        ("dsprites_ori", "train", 663_552),
+        ("eurosat", "train", 21_600),
+        ("resisc45", "train", 25_200),
+        ("smallnorb_azi", "test", 12_150),
+        ("svhn", "test", 0),
+    ],
+)
+def test_where_the_test_images_are(name, split, first):
+    task = find_task(name)
+    assert resolve_split(RECIPES[name].test, sizes_of(task)) == [(split, range(first, first + task.n_test))]
 
 
 @pytest.mark.parametrize("task", VTAB_1K, ids=lambda task: task.name)
@@ -64,7 +108,10 @@ def test_splits_have_vtabs_sizes_and_never_meet(task):
     }
     assert all(0 <= number < sizes[split] for found in rows.values() for split, number in found)
     assert not set(rows["test"]) & (set(rows["train"]) | set(rows["first1000"]))
+    split, first = VALIDATION[task.name]
+    assert rows["first1000"] == [("train", number) for number in range(1000)]
     assert rows["train"][:800] == rows["first1000"][:800]
+    assert rows["train"][800:] == [(split, number) for number in range(first, first + 200)]
 
 
 def test_every_task_has_a_recipe():
@@ -263,3 +310,93 @@ def test_absent_tensorflow_datasets_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(SourceUnavailable, match="pip install"):
         open_records("dtd:3.*.*", "")
+
+
+class FakeDatasets:
+    """TensorFlow Datasets as far as it is asked for a builder; makes TFRecord files unless told otherwise."""
+
+    class decode:
+        SkipDecoding = staticmethod(lambda: "as stored")
+
+    def __init__(self, prepared_as=None):
+        self.file_format = prepared_as
+        self.downloads = 0
+
+    def builder(self, dataset, *, data_dir, file_format="tfrecord"):
+        kind = SimpleNamespace(value=self.file_format or file_format)
+        return SimpleNamespace(
+            info=SimpleNamespace(file_format=kind, splits={"train": SimpleNamespace(num_examples=3)}),
+            is_prepared=lambda: self.file_format is not None,
+            download_and_prepare=lambda: setattr(self, "downloads", self.downloads + 1),
+            as_data_source=lambda *, decoders: {"train": [kind.value, decoders["image"]]},
+        )
+
+
+def test_new_data_is_made_in_a_format_that_is_read_without_tensorflow(monkeypatch):
+    datasets = FakeDatasets()
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", datasets)
+    assert open_records("dtd:3.*.*", "somewhere") == {"train": ["array_record", "as stored"]}
+    assert datasets.downloads == 1
+
+
+def test_data_that_is_there_is_read_as_it_is(monkeypatch):
+    datasets = FakeDatasets("parquet")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", datasets)
+    assert open_records("dtd:3.*.*", "somewhere") == {"train": ["parquet", "as stored"]}
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", FakeDatasets("tfrecord"))
+    assert len(open_records("dtd:3.*.*", "somewhere")["train"]) == 3
+    assert datasets.downloads == 0
+
+
+@pytest.mark.parametrize(
+    "file_format",
+    ["array_record", pytest.param("tfrecord", marks=pytest.mark.skipif(not TENSORFLOW, reason="TensorFlow"))],
+)
+@pytest.mark.filterwarnings("default")  # theirs
+def test_the_real_tensorflow_datasets(file_format, tmp_path, encode):
+    """Records of CLEVR's and KITTI's schemas, written and read back by the library where it is installed."""
+    tfds = pytest.importorskip("tensorflow_datasets", reason="an optional extra")
+    features = tfds.features
+    data_dir = str(tmp_path)
+
+    class Objects(tfds.core.GeneratorBasedBuilder):
+        name = f"h2t_{file_format}"
+        VERSION = tfds.core.Version("3.1.0")
+
+        def _info(self):
+            each = {
+                "type": features.ClassLabel(num_classes=8),
+                "location": features.Tensor(shape=(3,), dtype=np.float32),
+                "pixel_coords": features.Tensor(shape=(3,), dtype=np.float32),
+            }
+            image = features.Image(shape=(None, None, 3))
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=features.FeaturesDict({"image": image, "objects": features.Sequence(each)}),
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for number in range(6):
+                objects = [
+                    {"type": kind, "location": [0, 0, 9 + kind], "pixel_coords": [0, 0, 8.2 + kind]}
+                    for kind in range(number)
+                ]
+                image = io.BytesIO(encode(np.full((2, 3, 3), number, dtype=np.uint8)))
+                yield number, {"image": image, "objects": objects}
+
+    if file_format == "tfrecord":
+        tfds.builder(Objects.name, data_dir=data_dir).download_and_prepare()
+    train = open_records(f"{Objects.name}:3.*.*", data_dir)["train"]
+    assert len(train) == 6
+    found = {}
+    for number in (0, 1, 2, 4, 5, 3):  # not in order: the next one, and others
+        record = train[number]
+        with Image.open(io.BytesIO(lossless(record["image"]))) as image:
+            n_objects = int(np.asarray(image)[0, 0, 0])
+        found[n_objects] = (clevr_count(record), kitti_distance(record))
+        if n_objects:
+            assert clevr_distance(record) == 1
+    assert found == {number: (number - 3, 1 if number else 3) for number in range(6)}

@@ -133,7 +133,7 @@ def test_lines_as_other_tools_write_them(archive):
     made.add("train800val200", [0, 1])
     made.add("test", [0])
     (made.base / "images" / "my photo.png").write_bytes(made.encode(np.zeros((2, 2, 3), np.uint8)))
-    lines = ["", "  images/train800val200/000000.png   11  ", "images/my photo.png 12", "  "]
+    lines = ["", "  ./images//train800val200/000000.png   11  ", "images/my photo.png\t12", "  "]
     (made.base / "train800val200.txt").write_bytes("\r\n".join(lines).encode())
     source = made.open(PETS)
     assert source.labels("train").tolist() == [11, 12]
@@ -175,6 +175,28 @@ def test_bad_rows_are_listed_and_keep_their_places(archive):
     assert decode(good).shape == (5, 7, 3)
     with pytest.raises(BadImage, match="missing or empty"):
         decode(missing)
+
+
+def test_paths_that_can_be_no_file(archive):
+    made = archive()
+    made.add("train800val200", [0])
+    made.add("test", [0])
+    folder = "images/train800val200"
+    lines = {
+        folder: "missing file",  # a directory
+        f"{folder}/000000.png/more.png": "missing file",
+        f"{folder}/{'x' * 5000}.png": "missing file",
+        f"{folder}/\0.png": "expected 'path label'",
+        f"{folder}/000000.png": "",
+        f"./{folder}//000000.png": "listed twice, first as row 4",
+    }
+    made.write("train800val200.txt", [*(f"{path} 0" for path in lines), "no_label.png " + "9" * 5000])
+    source = made.open(PETS)
+    reasons = {row.index: row.reason for row in check_rows(source, PETS, "train")}
+    for row, reason in enumerate([*lines.values(), "expected 'path label'"]):
+        assert reasons.get(row, "").startswith(reason)
+    assert 4 not in reasons
+    assert source.provenance()["encoding"] == "PNG"  # of the one row that is an image
 
 
 def test_empty_split_and_missing_lists(archive):

@@ -122,6 +122,15 @@ def test_a_cut_off_shard(shard, sample, tmp_path):
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(UserError, match=r"train/0\.tar is not a whole tar file"):
         open_source("webdataset", TASK, str(root), {}).labels("train")
+    whole = shard("train/0.tar", [*sample("s0", 1, 0), *sample("s1", 2, 0)]) / "train" / "0.tar"
+    content = whole.read_bytes()
+    with tarfile.open(whole) as archive:
+        second = archive.getmember("s1.webp").offset
+    # Both leave what the standard library takes for a shorter archive.
+    for damaged in (content[:second], content[:second] + b"\x07" * 512 + content[second + 512 :]):
+        whole.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"not a whole tar file: .*end mark at byte {second}"):
+            open_source("webdataset", TASK, str(root), {}).labels("train")
     path.write_text("<html>404</html>" * 100)
     with pytest.raises(UserError, match=r"train/0\.tar is not a whole tar file"):
         open_source("webdataset", TASK, str(root), {}).labels("train")
