@@ -164,8 +164,10 @@ def extract_features(
 ) -> np.ndarray:
     """Raw features float32 [n, n_features] of images, in the order of ``feature_layout``.
 
-    For as many images as fit in memory; the pipelines stream the rest.
+    For as many images as fit in memory; the pipelines stream the rest. Raises UserError for a single path.
     """
+    if isinstance(images, str | os.PathLike):
+        raise UserError(f"expected a list of images, got one path; write ['{images}']")
     preprocessing = preprocessing or preprocessing_for(backbone)
     weight = next(backbone.model.parameters())
     width = feature_layout(backbone, target_size, cls_token).n_features

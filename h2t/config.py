@@ -6,23 +6,51 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from h2t.errors import UserError, unknown
 from h2t.heads import Precision
 from h2t.methods import METHODS, Settings, search_space
-from h2t.tasks import Group, Task, demo_task, find_task
+from h2t.tasks import DEMO, Group, Task, demo_task, find_task
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]  # what Parquet and every library here take
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+Value = TypeVar("Value")
+
+
+def _distinct(values: list[Value]) -> list[Value]:
+    """A repeated seed would count as one more seed, a repeated value of a grid would be computed twice."""
+    repeated = [value for place, value in enumerate(values) if value in values[:place]]
+    if repeated:
+        raise ValueError(f"expected every value once, got {repeated[0]} twice")
+    return values
+
+
+Values = Annotated[list[Value], Field(min_length=1), AfterValidator(_distinct)]
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise ValueError(f"the name becomes a folder: letters, digits, '_', '-' and '.' only, got '{name}'")
+    return name
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class BackboneConfig(_Section):
@@ -31,7 +59,7 @@ class BackboneConfig(_Section):
     name: str
     weights: str = "auto"
     sha256: str | None = None
-    image_size: Annotated[int, Field(ge=1)] | None = None
+    image_size: Annotated[int, Field(ge=1, le=8192)] | None = None
     taps: str = "auto"
     cls_token: Literal["normal", "only_cls", "nopool_cls"] = "normal"
     resize: Literal["bilinear", "bicubic"] = "bilinear"
@@ -50,6 +78,11 @@ class ImagesConfig(_Section):
     def _root_where_needed(self) -> "ImagesConfig":
         if self.format != "bundled" and not self.root:
             raise ValueError(f"images in the format '{self.format}' need a root (a folder or a URI)")
+        if self.format == "bundled" and self.root:
+            raise ValueError(
+                f"with a root ('{self.root}') expected the format vtab1k, parquet, folder or webdataset, "
+                "got 'bundled'"
+            )
         return self
 
 
@@ -65,20 +98,18 @@ class TaskConfig(_Section):
     @field_validator("name")
     @classmethod
     def _usable_in_a_path(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            raise ValueError("a task's name becomes a folder: letters, digits, '_', '-' and '.' only")
-        return find_task(name).name if _known(name) else name
+        return find_task(name).name if _known(name) else _folder_name(name)
 
 
 class Grid(_Section):
     """The values the cross-validation tries (Appendix A)."""
 
-    target_size: Annotated[list[Count], Field(min_length=1)] = [512, 8192, 24576]
-    learning_rate: Annotated[list[Positive], Field(min_length=1)] = [0.1, 0.01]
-    steps: Annotated[list[Count], Field(min_length=1)] = [500, 5000]
-    coefficient: Annotated[list[Positive], Field(min_length=1)] = [0.001, 0.0001, 0.00001]
-    head2toe_coefficient: Annotated[list[Positive], Field(min_length=1)] = [0.001, 0.00001]
-    keep_fraction: Annotated[list[Fraction], Field(min_length=1)] = [
+    target_size: Values[Count] = [512, 8192, 24576]
+    learning_rate: Values[Positive] = [0.1, 0.01]
+    steps: Values[Count] = [500, 5000]
+    coefficient: Values[Positive] = [0.001, 0.0001, 0.00001]
+    head2toe_coefficient: Values[Positive] = [0.001, 0.00001]
+    keep_fraction: Values[Fraction] = [
         0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1,
     ]  # fmt: skip
 
@@ -94,6 +125,12 @@ class CrossValidation(_Section):
     n_folds: Annotated[int, Field(ge=2)] = 5
     scheme: Literal["blocks", "archive", "shuffled"] = "blocks"
     images: ImagesConfig | None = None
+
+    @model_validator(mode="after")
+    def _folds_of_the_archive(self) -> "CrossValidation":
+        if self.scheme == "archive" and self.n_folds != 5:
+            raise ValueError(f"n_folds: expected 5, which the scheme 'archive' has, got {self.n_folds}")
+        return self
 
 
 class Resources(_Section):
@@ -122,8 +159,8 @@ class FinetuneConfig(_Section):
     is the recipe's.
     """
 
-    learning_rate: Annotated[list[Positive], Field(min_length=1)] = [0.1, 0.01]
-    steps: Annotated[list[Count], Field(min_length=1)] = [500, 5000]
+    learning_rate: Values[Positive] = [0.1, 0.01]
+    steps: Values[Count] = [500, 5000]
     batch_size: Count = 128
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -134,7 +171,7 @@ class FinetuneConfig(_Section):
     checkpoint_every: Count = 250
     workers_per_trial: Count = 1
     folds: Annotated[int, Field(ge=0)] | None = None
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    seeds: Values[Seed] | None = None
 
     @model_validator(mode="after")
     def _something_chooses(self) -> "FinetuneConfig":
@@ -150,16 +187,21 @@ class Config(_Section):
     backbone: BackboneConfig
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
     images: ImagesConfig = ImagesConfig()
-    methods: Annotated[list[str], Field(min_length=1)] = ["linear", "all_l2", "all_l1", "all_l21", "head2toe"]
+    methods: Values[str] = ["linear", "all_l2", "all_l1", "all_l21", "head2toe"]
     grid: Grid = Grid()
     cross_validation: CrossValidation = CrossValidation()
     finetune: FinetuneConfig = FinetuneConfig()
-    seed: Annotated[int, Field(ge=0)] = 0
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2]
+    seed: Seed = 0
+    seeds: Values[Seed] = [0, 1, 2]
     batch_size: Count = 128
     head_dtype: Precision = "float32"
     on_bad_image: Literal["refuse", "skip"] = "refuse"
     resources: Resources = Resources()
+
+    @field_validator("name")
+    @classmethod
+    def _usable_in_a_path(cls, name: str) -> str:
+        return _folder_name(name)
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -210,19 +252,31 @@ class Config(_Section):
         names = [task.name for task in self.tasks]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"task {', '.join(repeated)} is listed twice")
+            raise ValueError(f"tasks: {', '.join(repeated)} is listed twice")
         for task in self.tasks:
-            self.task(task.name)
+            try:
+                self.task(task.name)
+            except UserError as error:
+                raise ValueError(f"tasks: {error}") from None
         return self
 
     def task(self, name: str) -> Task:
-        """The task of that name: a known one with the recipe's own settings on top."""
+        """The task of that name: a known one with the recipe's own settings on top.
+
+        Raises UserError for a name that is neither known nor given its own images.
+        """
         config = next(task for task in self.tasks if task.name == name)
         if config.images is not None and not _known(name):
             known = Task(name, name, "other", 0, n_train=0)
         else:
-            bundled = self.task_images(name).format == "bundled"
-            known = demo_task(name) if bundled else find_task(name)
+            known = find_task(name)
+            if self.task_images(name).format == "bundled":
+                if name not in [task.name for task in DEMO]:
+                    raise UserError(
+                        f"the images of {name} are in no package; expected where they are, such as "
+                        "images: {format: vtab1k, root: data/vtab-1k}"
+                    )
+                known = demo_task(name)
         return replace(
             known,
             title=config.title or known.title,
@@ -256,7 +310,19 @@ def _known(name: str) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-5`` as text; recipes mean a number."""
+    """YAML as recipes mean it: ``1e-5`` is a number, a date is text, and no key stands twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"'{key.value}' is given twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -264,6 +330,10 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -274,9 +344,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no recipe at '{path}'; expected a YAML file")
-    data = _parse(path.read_text(), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe '{path}': {error}") from None
+    data = _parse(text, str(path))
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
+        found = "nothing" if data is None else type(data).__name__
+        raise UserError(f"{path}: expected a mapping of settings, got {found}")
     for override in overrides:
         _override(data, override)
     return parse_config(data, str(path))
@@ -285,24 +360,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(data: dict[str, Any], origin: str) -> Config:
     """Validate plain settings; ``origin`` names them in errors."""
     try:
-        return Config.model_validate_json(json.dumps(data))
+        text = json.dumps(data)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: expected plain YAML values only: {error}") from None
+    try:
+        return Config.model_validate_json(text)
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
         raise UserError(f"{origin}: " + "; ".join(dict.fromkeys(lines))) from None
-    except TypeError as error:
-        raise UserError(f"{origin}: only plain YAML values are expected: {error}") from None
 
 
 def _parse(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except Exception as error:  # what its constructors raise on odd values is of many kinds
         raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:
     key, sign, value = override.partition("=")
-    if not sign or not key:
+    if not sign or not all(key.split(".")):
         raise UserError(f"--set expects key=value, got '{override}'")
     *parents, last = key.split(".")
     for parent in parents:
@@ -312,6 +389,16 @@ def _override(data: dict[str, Any], override: str) -> None:
     data[last] = _parse(value, f"--set {override}")
 
 
+# What the validation says in the words of JSON, in those of a recipe.
+WORDING = {
+    "Input should be greater": "expected a number greater",
+    "Input should be less": "expected a number less",
+    "Input should be a valid array": "expected a list",
+    "Input should be an object": "expected a mapping of settings",
+    "Input should be": "expected",
+}
+
+
 def _explain(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
@@ -319,10 +406,18 @@ def _explain(problem: Any) -> str:
         return f"{key}: {unknown('key', location[-1], _fields(location[:-1]))}"
     if problem["type"] == "missing":
         return f"{key}: required, but not given"
+    if problem["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        return f"{key}: {unknown('value', problem['input'], choices)}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: {message[0].lower()}{message[1:]}, got {json.dumps(problem['input'])}"
+    if problem["type"] == "too_short":
+        message = f"expected at least {problem['ctx']['min_length']} value"
+    for theirs, ours in WORDING.items():
+        message = message.replace(theirs, ours)
+    got = json.dumps(problem["input"])
+    return f"{key}: {message}, got {got if len(got) <= 80 else got[:80] + '…'}"
 
 
 def _fields(location: list[str]) -> list[str]:

@@ -7,9 +7,11 @@ present configuration asks for or it is missing. Files of another configuration 
 
 import io
 import json
+import tempfile
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -37,9 +39,15 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def _absolute(path: str) -> str:
-    from pathlib import Path
-
     return str(Path(path).expanduser().absolute())
+
+
+def _with_plain_strings(schema: pa.Schema) -> pa.Schema:
+    """pandas has large strings, which pyarrow can't merge with the strings in a path (``task=…``)."""
+    for place, field in enumerate(schema):
+        if pa.types.is_large_string(field.type):
+            schema = schema.set(place, field.with_type(pa.string()))
+    return schema
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,24 @@ class RunDirectory:
         filesystem, root = open_filesystem(self.uri)
         return filesystem, f"{root.rstrip('/')}/{name}" if name else root
 
+    def require_writable(self) -> None:
+        """Raise UserError unless files can be written here. Leaves nothing behind, not even a folder."""
+        filesystem, root = open_filesystem(self.uri)
+        try:
+            if isinstance(filesystem, fs.LocalFileSystem):
+                there = next(folder for folder in (Path(root), *Path(root).parents) if folder.exists())
+                tempfile.TemporaryFile(dir=there).close()
+            else:
+                probe = f"{TEMPORARY}{uuid.uuid4().hex[:8]}"
+                self.write(probe, b"")
+                self.delete(probe)
+        except (OSError, pa.ArrowException) as error:
+            reason = getattr(error, "strerror", None) or error  # an OSError's own text names the probe
+            raise UserError(
+                f"can't write to the run directory '{self.uri}': {reason}; expected a folder or URI that "
+                "can be written to"
+            ) from None
+
     def write(self, name: str, data: bytes) -> None:
         """Write a file that appears whole or not at all."""
         with self.writing(name) as sink:
@@ -73,7 +99,8 @@ class RunDirectory:
 
     def write_frame(self, name: str, frame: pd.DataFrame) -> None:
         """Write a data frame as one Parquet file, whole or not at all."""
-        self.write_table(name, pa.Table.from_pandas(frame, preserve_index=False), compression="zstd")
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        self.write_table(name, table.cast(_with_plain_strings(table.schema)), compression="zstd")
 
     def write_json(self, name: str, value: Any) -> None:
         """Write plain values as JSON, whole or not at all."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -37,7 +38,7 @@ def shipped_recipes() -> dict[str, Path]:
 def read_recipe(recipe: str, overrides: Sequence[str] | None) -> Config:
     """The configuration of a recipe given as a file or by the name of one that ships."""
     recipes = shipped_recipes()
-    if not Path(recipe).exists() and not recipe.endswith((".yaml", ".yml")):
+    if not Path(recipe).is_file() and not recipe.endswith((".yaml", ".yml")):
         if recipe not in recipes:
             raise unknown("recipe", recipe, recipes)
         return load_config(recipes[recipe], overrides or ())
@@ -48,10 +49,12 @@ STAGES = ["extract", "sweep", "evaluate", "finetune", "report"]
 
 
 def _run(config: Config, run_dir: str | None, stages: list[str], address: str | None) -> None:
+    from h2t.store import RunDirectory
     from pipelines.run import run_stages  # Ray and torch take seconds to import; help and errors need neither
 
     started = time.monotonic()
     uri = run_dir or f"runs/{config.name}"
+    RunDirectory(uri).require_writable()
     seconds = run_stages(config, uri, stages, console, address)
     total = time.monotonic() - started
     parts = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
@@ -94,6 +97,19 @@ _stage("finetune", "Only the methods that train the backbone (need the frozen he
 _stage("report", "Only the tables and figures (needs the results).")
 
 
+def _table(*columns: str) -> Table:
+    """A table whose first column, the names to type, is never cut."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for place, column in enumerate(columns):
+        table.add_column(column, no_wrap=place == 0, overflow="fold")
+    return table
+
+
+def _print(table: Table) -> None:
+    """Print a table; in a file or pipe its lines are as long as they need to be."""
+    (console if console.is_terminal else Console(width=240)).print(table)
+
+
 @app.command()
 def tasks(
     check: Annotated[str | None, typer.Option(help="A folder of images to check for each task.")] = None,
@@ -104,16 +120,16 @@ def tasks(
     from h2t.tasks import DEMO, VTAB_1K
 
     if check is not None:
-        table = Table("task", "status", "found", "expected", "how to get it")
+        table = _table("task", "status", "found", "expected", "how to get it")
         for row in check_root(check, format):
             table.add_row(*(str(value) for value in row.__dict__.values()))
     else:
-        table = Table("task", "title", "group", "classes", "train", "test", "images")
+        table = _table("task", "title", "group", "classes", "train", "test", "images")
         for tasks, origin in ((DEMO, "demo"), (VTAB_1K, "VTAB-1k")):
             for task in tasks:
                 counts = [str(n) for n in (task.n_classes, task.n_train, task.n_test)]
                 table.add_row(task.name, task.title, task.group, *counts, origin)
-    console.print(table)
+    _print(table)
 
 
 @app.command()
@@ -138,8 +154,8 @@ def prepare(
 def taps(
     backbone: str,
     target_size: Annotated[list[int] | None, typer.Option(help="May be given several times.")] = None,
-    image_size: int | None = None,
-    weights: str = "random",
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side.")] = None,
+    weights: Annotated[str, typer.Option(help="random will do here; or auto, or a file.")] = "random",
     variant: Annotated[str, typer.Option("--taps", help="auto, or a variant of a preset.")] = "auto",
 ) -> None:
     """List a backbone's taps, their shapes, and the features of each at every target size."""
@@ -148,7 +164,7 @@ def taps(
 
     sizes = target_size or [512]
     loaded = load_backbone(backbone, weights=weights, image_size=image_size, taps=variant)
-    table = Table("tap", "module", "shape", *(f"T = {size}" for size in sizes))
+    table = _table("tap", "module", "shape", *(f"T = {size}" for size in sizes))
     totals = dict.fromkeys(sizes, 0)
     for row in describe(loaded, sizes):
         widths = [row.features[size] for size in sizes]
@@ -156,7 +172,7 @@ def taps(
         totals = {size: totals[size] + row.features[size] for size in sizes}
     table.add_section()
     table.add_row(f"{len(loaded.taps)} taps", "", "N =", *(f"{total:,}" for total in totals.values()))
-    console.print(table)
+    _print(table)
 
 
 def main() -> None:

@@ -39,15 +39,17 @@ def markdown(table: ReportTable) -> str:
 
 
 def latex(table: ReportTable) -> str:
-    """A table for LaTeX; needs the package booktabs."""
+    """A table for LaTeX, its note in the caption; needs the package booktabs."""
     cells = _stressed(table, escape_latex, "\\textbf{{{}}}")
     headers = [header if isinstance(header, tuple) else (header,) for header in table.display]
     escaped = [tuple(escape_latex(part) for part in header) for header in headers]
     cells.columns = pd.MultiIndex.from_tuples(escaped)
+    if cells.columns.nlevels == 1:  # pandas would print tuples of one
+        cells.columns = cells.columns.get_level_values(0)
     return cells.to_latex(
         index=False,
         escape=False,
-        caption=escape_latex(table.title),
+        caption=escape_latex(f"{table.title}. {table.note}"),
         column_format="".join("l" if text else "r" for text in text_columns(table)),
         multicolumn_format="c",
     )

@@ -146,9 +146,11 @@ def highlights(results: pd.DataFrame) -> Iterator[str]:
 
 
 def plain(value: Any) -> list[str]:
-    """A provenance value as lines of text."""
+    """A provenance value as lines of text, without what is empty."""
     if isinstance(value, Mapping):
-        return [f"{key}: {', '.join(plain(inner))}" for key, inner in value.items()]
+        return [
+            f"{key}: {', '.join(plain(inner))}" for key, inner in value.items() if inner not in ("", None)
+        ]
     if isinstance(value, list | tuple):
         return [", ".join(line for inner in value for line in plain(inner))]
     return [str(value)]

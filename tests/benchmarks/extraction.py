@@ -27,7 +27,7 @@ CASES = (
     ("efficientnet_lite0", 128, 32, (512, 4096, 16384), 0.30),
     ("resnet50", 240, 8, (512, 8192, 24576), 0.10),
 )
-BATCHES = 3
+BATCHES = 8
 Times = tuple[float, float]
 
 

@@ -142,6 +142,8 @@ def test_adapter_from_a_file_names_classes_and_reads_files(tmp_path, images, hea
     np.testing.assert_array_equal(from_file.probabilities, from_array.probabilities)
     with pytest.raises(UserError, match=r"nothing\.png"):
         adapter.predict([tmp_path / "nothing.png"])
+    with pytest.raises(UserError, match="expected a list of images"):
+        adapter.predict(str(path))
 
 
 def test_adapter_refuses_a_backbone_with_other_features(images, head):

@@ -21,7 +21,7 @@ def with_setting(key: str, value: object) -> dict:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("grid.keep_fraction", [0.0], "grid.keep_fraction.0: input should be greater than 0, got 0.0"),
+        ("grid.keep_fraction", [0.0], "keep_fraction.0: expected a number greater than 0, got 0.0"),
         ("grid.keep_fraction", [1.5], "less than or equal to 1"),
         ("cross_validation.n_folds", 1, "greater than or equal to 2, got 1"),
         ("grid.target_size", [-1], "grid.target_size.0"),
@@ -32,11 +32,46 @@ def with_setting(key: str, value: object) -> dict:
         ("backbone.weigths", "auto", "did you mean weights"),
         ("methods", ["head2tow"], "did you mean head2toe"),
         ("tasks", ["mnits"], "did you mean mnist"),
-        ("tasks", ["mnist", "mnist"], "listed twice"),
+        ("tasks", ["cifr100"], "tasks: unknown task 'cifr100': did you mean cifar100"),
+        ("tasks", ["cifar100"], "tasks: the images of cifar100 are in no package; expected where they are"),
+        ("tasks", ["mnist", "mnist"], "tasks: mnist is listed twice"),
         ("tasks", [{"name": "a/b"}], "becomes a folder"),
-        ("backbone.dtype", "float8", "'float32' or 'bfloat16'"),
+        ("tasks", "mnist", 'tasks: expected a list, got "mnist"'),
+        ("tasks", [], "tasks: expected at least 1 value, got []"),
+        ("grid", 5, "grid: expected a mapping of settings, got 5"),
+        ("name", "../x", "name: the name becomes a folder"),
+        ("name", "", "name: the name becomes a folder"),
+        ("backbone.dtype", "float8", "backbone.dtype: unknown value 'float8': did you mean float32"),
+        (
+            "images",
+            {"format": "foldr", "root": "x"},
+            "images.format: unknown value 'foldr': did you mean folder",
+        ),
         ("images", {"format": "folder"}, "need a root"),
-        ("on_bad_image", "ignore", "'refuse' or 'skip'"),
+        ("images", {"root": "x"}, "images: with a root ('x') expected the format vtab1k"),
+        ("on_bad_image", "ignore", "on_bad_image: unknown value 'ignore': expected one of refuse, skip"),
+        ("seeds", [0, 1, 0], "seeds: expected every value once, got 0 twice"),
+        ("methods", ["linear", "linear"], "methods: expected every value once, got linear twice"),
+        ("grid.steps", [5, 5], "grid.steps: expected every value once, got 5 twice"),
+        ("finetune.seeds", [0, 0], "finetune.seeds: expected every value once, got 0 twice"),
+        (
+            "grid.learning_rate",
+            [float("inf")],
+            "grid.learning_rate.0: expected a finite number, got Infinity",
+        ),
+        ("grid.coefficient", [float("nan")], "grid.coefficient.0: expected a finite number, got NaN"),
+        ("resources.memory_per_trial_gb", float("inf"), "memory_per_trial_gb: expected a finite number"),
+        ("seed", 10**30, "seed: expected a number less than or equal to 4294967295"),
+        ("seeds", [2**70], "seeds.0: expected a number less than or equal to 4294967295"),
+        (
+            "grid.target_size",
+            [10**23],
+            "grid.target_size.0: expected a number less than or equal to 2147483647",
+        ),
+        ("backbone.image_size", 10**8, "backbone.image_size: expected a number less than or equal to 8192"),
+        ("cross_validation", {"scheme": "archive", "n_folds": 4}, "n_folds: expected 5"),
+        ("images.options", {"shuffle": {1, 2}}, "expected plain YAML values only"),
+        ("grid.steps", "long " * 100, "…"),
     ],
 )
 def test_a_mistake_is_one_message_that_names_the_key(key: str, value: object, message: str) -> None:
@@ -56,7 +91,8 @@ def test_exponents_without_a_point_are_numbers_and_overrides_apply(tmp_path: Pat
     recipe.write_text(
         "name: x\nbackbone: {name: resnet50}\ntasks: [mnist]\ngrid: {coefficient: [1e-5, 1E3, 2]}\n"
     )
-    config = load_config(recipe, ["grid.steps=[7]", "backbone.image_size=64"])
+    config = load_config(recipe, ["grid.steps=[7]", "backbone.image_size=64", "name=2026-01-31"])
+    assert config.name == "2026-01-31"
     assert config.grid.coefficient == [1e-5, 1e3, 2.0]
     assert config.grid.steps == [7]
     assert config.backbone.image_size == 64
@@ -64,7 +100,12 @@ def test_exponents_without_a_point_are_numbers_and_overrides_apply(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("steps", "key=value"), ("name.x=1", "not a section"), ("grid.steps=[1", "not valid YAML")],
+    [
+        ("steps", "key=value"),
+        ("grid..steps=[1]", "key=value"),
+        ("name.x=1", "not a section"),
+        ("grid.steps=[1", "not valid YAML"),
+    ],
 )
 def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
     recipe = tmp_path / "recipe.yaml"
@@ -73,10 +114,27 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
         load_config(recipe, [override])
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- 1", "expected a mapping")])
-def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"a: [", "not valid YAML"),
+        (b"- 1", "expected a mapping of settings, got list"),
+        (b"", "expected a mapping of settings, got nothing"),
+        (b"\xff\xfe\xfa", "cannot read the recipe"),
+        (b"grid: {steps: [1]}\ngrid: {steps: [2]}", "'grid' is given twice"),
+        (b"grid: {steps: [1], steps: [2]}", "'steps' is given twice"),
+        (b"name: &a [*a]", "Circular reference"),
+        (b"[" * 5000, "not valid YAML"),
+        (b"seed: " + b"9" * 5000, "not valid YAML"),
+        (b"seed: !!int foo", "not valid YAML"),
+        (b"seed: !!bool foo", "not valid YAML"),
+        (b"seed: !!timestamp foo", "not valid YAML"),
+        (b"seed: 2026-99-99", 'seed: expected a valid integer, got "2026-99-99"'),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: bytes, message: str) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(text)
+    recipe.write_bytes(text)
     with pytest.raises(UserError, match=message):
         load_config(recipe)
     with pytest.raises(UserError, match="no recipe at"):

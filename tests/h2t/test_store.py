@@ -3,6 +3,7 @@ from pathlib import Path
 
 import boto3
 import pandas as pd
+import pyarrow.dataset
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -48,6 +49,34 @@ def test_files_come_back_as_written(run: RunDirectory) -> None:
     assert run.exists("value.json")
     assert not run.exists("t")
     assert run.names("nothing") == []
+
+
+def test_frames_under_folders_named_after_their_columns_are_one_data_set(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path))
+    for task in ("first", "second"):
+        run.write_frame(f"results/task={task}/a.parquet", pd.DataFrame({"task": [task], "accuracy": [0.5]}))
+    rows = pyarrow.dataset.dataset(str(tmp_path / "results"), partitioning="hive").to_table().to_pandas()
+    assert sorted(rows["task"]) == ["first", "second"]
+
+
+def test_asking_whether_it_can_be_written_leaves_nothing_behind(run: RunDirectory, tmp_path: Path) -> None:
+    run.require_writable()
+    assert run.names("") == []
+    RunDirectory(str(tmp_path / "new" / "run")).require_writable()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="can't write to the run directory"):
+        RunDirectory(str(tmp_path / place)).require_writable()
+
+
+def test_a_bucket_that_is_not_there_is_one_message(s3: str) -> None:
+    for address in (f"s3://nothing/run?endpoint_override={s3}&scheme=http", "s3://"):
+        with pytest.raises(UserError, match="can't write to the run directory"):
+            RunDirectory(address).require_writable()
 
 
 def test_a_file_whose_writing_fails_never_appears(run: RunDirectory) -> None:

