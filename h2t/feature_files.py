@@ -4,7 +4,7 @@ The columns are declared without nulls, which makes writing 1.1 and reading 1.6 
 compressed unless asked for: zstd 1 over split bytes saves a third and halves the speed of writing.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -115,26 +115,38 @@ class FeatureMatrix:
 def read_features(
     run: RunDirectory, names: Sequence[str], taps: Sequence[str] | None = None
 ) -> FeatureMatrix:
-    """Read feature files to one matrix, rows sorted by index; only the columns of ``taps`` where given."""
+    """Read feature files to one matrix, rows sorted by index; only the columns of ``taps`` where given.
+
+    Raises UserError without a file, for a tap that is not there, and for files of different taps.
+    """
     if not names:
         raise UserError("expected at least one feature file, got none")
-    keys = [run.read_table([name], columns=list(KEYS)) for name in names]
-    index = np.concatenate([part["index"].to_numpy() for part in keys])
-    labels = np.concatenate([part["label"].to_numpy() for part in keys])
-    order = np.argsort(index, kind="stable")
-    position = np.argsort(order)
-    columns = None if taps is None else [*KEYS, *taps]
-    layout = _layout(run.read_table(names[:1], columns=columns).schema)
-    values = np.empty((len(index), layout.n_features), np.float32)
-    start = 0
-    for name in names:  # one at a time: memory holds the matrix and one file
-        table = run.read_table([name], columns=columns)
-        if (found := _layout(table.schema)) != layout:
-            raise UserError(f"{name}: expected taps {layout}, found {found}")
-        for tap, span in zip(layout.taps, layout.slices, strict=True):
-            _fill(values[:, span], table[tap], position[start : start + len(table)])
-        start += len(table)
+    with ExitStack() as opened:
+        files = [opened.enter_context(run.open_table(name)) for name in names]
+        whole = _layout(files[0].schema_arrow)
+        for name, file in zip(names, files, strict=True):
+            if (found := _layout(file.schema_arrow)) != whole:
+                raise UserError(f"{name}: expected taps {whole}, found {found}")
+        layout = whole if taps is None else whole.subset(taps)
+        keys = [file.read(list(KEYS)) for file in files]
+        index = np.concatenate([part["index"].to_numpy() for part in keys])
+        labels = np.concatenate([part["label"].to_numpy() for part in keys])
+        order = np.argsort(index, kind="stable")
+        position = np.argsort(order)
+        values = np.empty((len(index), layout.n_features), np.float32)
+        start = 0
+        for table in _row_groups(files, layout.taps):
+            for tap, span in zip(layout.taps, layout.slices, strict=True):
+                _fill(values[:, span], table[tap], position[start : start + len(table)])
+            start += len(table)
     return FeatureMatrix(values, labels[order], index[order], layout)
+
+
+def _row_groups(files: Sequence[pq.ParquetFile], taps: Sequence[str]) -> Iterator[pa.Table]:
+    """One row group at a time: memory for a whole file would take longer to get than to fill."""
+    for file in files:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, list(taps))
 
 
 def _fill(target: np.ndarray, column: pa.ChunkedArray, position: np.ndarray) -> None:

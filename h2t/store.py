@@ -125,6 +125,11 @@ class RunDirectory:
         ]
         return pa.concat_tables(tables, promote_options="default")
 
+    def open_table(self, name: str) -> pq.ParquetFile:
+        """One Parquet file to read parts of; a context manager."""
+        filesystem, path = self._locate(name)
+        return pq.ParquetFile(path, filesystem=filesystem)
+
     def read_frame(self, names: Iterable[str]) -> pd.DataFrame:
         """Parquet files as one data frame, in the order of ``names``; empty without any."""
         frames = [self.read_table([name]).to_pandas() for name in names]

@@ -194,7 +194,8 @@ def backbone_folder(config: Config) -> str:
 def open_task(config: Config, name: str) -> TaskWork:
     """Open the images of one task and read its labels.
 
-    Raises UserError for images that are not there, an empty split, or bad rows where the recipe refuses them.
+    Raises UserError for images that are not there, an empty split, fewer images than folds, or bad rows where
+    the recipe refuses them.
     """
     task, images = config.task(name), config.task_images(name)
     source = open_source(images.format, task, images.root, dict(images.options))
@@ -213,7 +214,9 @@ def open_task(config: Config, name: str) -> TaskWork:
     bad = [replace(row, split=split) for split, images, of in splits for row in check_rows(images, task, of)]
     if config.on_bad_image == "refuse":
         refuse_bad_rows(bad)
-    return TaskWork(config, task, source, fold_source, labels, tuple(bad))
+    work = TaskWork(config, task, source, fold_source, labels, tuple(bad))
+    work.fold(0)  # too few images for the folds are told now, not after the extraction
+    return work
 
 
 def open_tasks(config: Config) -> list[TaskWork]:

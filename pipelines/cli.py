@@ -12,8 +12,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from h2t.config import Config, load_config
+from h2t.config import Config
 from h2t.errors import UserError, unknown
+from h2t.recipe import load_config
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -145,9 +146,9 @@ def prepare(
 
     if source != "tfds":
         raise unknown("origin", source, ["tfds"])
-    for name in [known.name for known in VTAB_1K] if task == ["all"] else task:
-        written = prepare_task(find_task(name), data_dir, destination)
-        console.print(f"{name}: {written}")
+    for found in VTAB_1K if task == ["all"] else [find_task(name) for name in task]:
+        written = prepare_task(found, data_dir, destination)
+        console.print(f"{found.name}: {written}")
 
 
 @app.command()

@@ -3,12 +3,14 @@
     python -m tests.benchmarks.features RUN_DIRECTORY TASK TARGET_SIZE [--large]
 
 The first table encodes real features of a finished run in several ways. The second reads a matrix back and
-compares that with plain pyarrow reading the same files, all taps and three of them, in the same process.
+compares that with plain pyarrow reading the same files, all taps and three of them, by turns.
 ``--large`` does that for 1000 x 467,688 as well (2 GB), values drawn like activations (half zeros).
 """
 
 import argparse
 import io
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -95,30 +97,46 @@ def encodings(declared: pa.Table, raw: int) -> Table:
     return shown
 
 
-def reading(run: RunDirectory, names: list[str], title: str) -> Table:
-    """Reading a matrix against plain pyarrow."""
-    taps = pq.read_schema(f"{run.uri}/{names[0]}").names[2:]
-    some = [taps[0], taps[len(taps) // 2], taps[-1]]
+def reading(run: RunDirectory, names: list[str], title: str, rounds: int = 5) -> Table:
+    """Reading a matrix against plain pyarrow, each in a process of its own, as a trial reads it."""
     matrix = read_features(run, names)
-    share = sum(matrix.layout.widths[taps.index(tap)] for tap in some) / matrix.layout.n_features
+    taps, widths = matrix.layout.taps, matrix.layout.widths
+    some = [taps[0], taps[len(taps) // 2], taps[-1]]
+    share = sum(widths[taps.index(tap)] for tap in some) / sum(widths)
     raw = matrix.values.nbytes
     size = sum(len(run.read(name)) for name in names)
     del matrix
-    ways = {
-        "plain": lambda: run.read_table(names),
-        "ours": lambda: read_features(run, names),
-        "part": lambda: read_features(run, names, some),
-    }
-    # Not by turns: giving gigabytes back to the system and touching new ones would be most of the time.
-    plain, ours, part = (seconds({name: way})[name] for name, way in ways.items())
+    ways = ("plain", "all", "some")
+    seen = [[timed_alone(way, run.uri, names, some) for way in ways] for _ in range(rounds)]
+    plain, whole, part = (median(times) for times in zip(*seen, strict=True))
+    ratio = median(each[0] / each[1] for each in seen)
     shown = Table(title, "seconds", "of plain pyarrow's speed")
     shown.add_row(
         f"plain pyarrow, {raw / 1e6:.0f} MB raw, {size / raw:.2f} of it on disk", f"{plain:.2f}", "1"
     )
-    shown.add_row("matrix, all taps", f"{ours:.2f}", f"{plain / ours:.2f}")
-    note = f"{part / ours:.3f} of the time, {share:.3f} of the features"
+    shown.add_row("matrix, all taps", f"{whole:.2f}", f"{ratio:.2f}")
+    note = f"{part / whole:.3f} of the time, {share:.3f} of the features"
     shown.add_row(f"matrix, 3 of {len(taps)} taps", f"{part:.3f}", note)
     return shown
+
+
+def timed_alone(*arguments: object) -> float:
+    """Seconds of :func:`timed` in a new process: one that has read before would have the memory already."""
+    call = f"from tests.benchmarks.features import timed; timed{arguments}"
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def timed(way: str, uri: str, names: list[str], some: list[str]) -> None:
+    """Print the seconds that reading takes: plainly, to a matrix, or to one of some taps."""
+    run, started = RunDirectory(uri), time.perf_counter()
+    read = (
+        run.read_table(names)
+        if way == "plain"
+        else read_features(run, names, some if way == "some" else None)
+    )
+    print(time.perf_counter() - started, flush=True)
+    del read
 
 
 def write_large(

@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from h2t.config import load_config
 from h2t.feature_files import write_features
 from h2t.images import prepare
+from h2t.recipe import load_config
 from h2t.store import RunDirectory
 from h2t.taps import feature_layout
 from h2t.work import TaskWork, open_tasks

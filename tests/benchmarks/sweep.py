@@ -22,10 +22,11 @@ from PIL import Image
 from rich.console import Console
 from tabulate import tabulate
 
-from h2t.config import Config, parse_config
+from h2t.config import Config
 from h2t.feature_files import write_features
 from h2t.features import FeatureLayout
 from h2t.heads import Precision
+from h2t.recipe import parse_config
 from h2t.store import RunDirectory
 from h2t.work import TaskWork, open_tasks
 from pipelines.cluster import Cluster, connect

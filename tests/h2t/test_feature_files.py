@@ -13,7 +13,7 @@ from h2t.feature_files import Compression, read_features, write_features
 from h2t.features import FeatureLayout
 from h2t.store import RunDirectory
 
-LAYOUT = FeatureLayout(("a", "b", "c"), (3, 1, 4))
+LAYOUT = FeatureLayout(("a", "a.b", "c"), (3, 1, 4))  # the names of modules nest
 
 
 def write(
@@ -78,3 +78,5 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         read_features(run, ["f.parquet", "g.parquet"])
     with pytest.raises(UserError, match="at least one feature file"):
         read_features(run, [])
+    with pytest.raises(UserError, match=r"unknown tap 'a\.c': did you mean a\.b"):
+        read_features(run, ["f.parquet"], ["a.c"])

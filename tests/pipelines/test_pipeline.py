@@ -203,6 +203,13 @@ def test_resources_that_can_never_work_are_refused_at_once(images: Path, cluster
         trial_resources(cluster, gpus)
 
 
+def test_fewer_images_than_folds_are_refused_before_anything_runs(images: Path, tmp_path: Path) -> None:
+    config = small_config(images, cross_validation={"n_folds": 21})
+    with pytest.raises(UserError, match="cannot cut 20 training images into 21 folds"):
+        run_stages(config, str(tmp_path), ["extract"], Console(quiet=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_stages_out_of_order_say_what_to_run_first(images: Path, tmp_path: Path) -> None:
     config: Config = small_config(images)
     for stage, first in (("sweep", "extract"), ("evaluate", "sweep"), ("report", "evaluate")):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from h2t.config import load_config
+from h2t.recipe import load_config
 from h2t.store import RunDirectory
 from h2t.tasks import VTAB_1K, Task
 from pipelines.cluster import Cluster
