@@ -76,9 +76,10 @@ def train_stacks(
     at_once = len(specs) if memory_budget is None else max(1, memory_budget // head_bytes)
     offload = memory_budget is not None and head_bytes > memory_budget
     batches = Batches(targets.to(device), n_classes, batch_size)
+    rows = _for_products(rows, device, dtype)
     for heads in _stacks(specs, at_once):
         group = Group(
-            _for_products(rows if rows.ndim == 2 else rows[heads], device, dtype),
+            rows if rows.ndim == 2 else rows[heads],
             [specs[head] for head in heads],
             _of_heads(initial_weight, heads, 2),
             _of_heads(initial_bias, heads, 1),

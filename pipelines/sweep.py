@@ -14,7 +14,8 @@ from rich.console import Console
 
 from h2t.config import Config
 from h2t.feature_files import FeatureMatrix
-from h2t.methods import METHODS, Head, Settings, fit, predict
+from h2t.features import select as select_features
+from h2t.methods import METHODS, Head, Settings, fit
 from h2t.metrics import accuracy, cross_entropy
 from h2t.store import RunDirectory
 from h2t.work import TaskWork, Trial, backbone_folder
@@ -109,10 +110,10 @@ def run_trial(work: TaskWork, trial: Trial, matrix: FeatureMatrix) -> pd.DataFra
     """Train all settings of a trial on its fold; one row each, in the order of the settings."""
     train, validation = (rows_of(matrix, rows) for rows in work.fold(trial.fold))
     started = time.perf_counter()
-    held_out = matrix.values[validation]
+    held_out = _HeldOut(matrix.values[validation], matrix.labels[validation])
     rows = {}
     for head in fit_heads(work, matrix, train, trial.settings, [work.config.seed]):
-        rows[head.settings] = _score(head, held_out, matrix.labels[validation])
+        rows[head.settings] = held_out.score(head)
     seconds = (time.perf_counter() - started) / len(trial.settings)
     constant = {
         "backbone": backbone_folder(work.config),
@@ -130,13 +131,23 @@ def run_trial(work: TaskWork, trial: Trial, matrix: FeatureMatrix) -> pd.DataFra
     return pd.DataFrame([{**asdict(settings), **rows[settings], **constant} for settings in trial.settings])
 
 
-def _score(head: Head, features: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    logits = predict(head, features)
-    return {
-        "validation_accuracy": accuracy(labels, logits.argmax(1)),
-        "validation_loss": cross_entropy(logits, labels),
-        "n_kept": len(head.kept),
-    }
+class _HeldOut:
+    """Validation rows; heads in a row that keep the same features share the selection of these."""
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
+        self.features, self.labels = features, labels
+        self.kept: np.ndarray | None = None
+
+    def score(self, head: Head) -> dict[str, Any]:
+        if head.kept is not self.kept:
+            self.kept = head.kept
+            self.chosen = select_features(self.features, head.layout, head.kept)
+        logits = self.chosen @ head.weight + head.bias
+        return {
+            "validation_accuracy": accuracy(self.labels, logits.argmax(1)),
+            "validation_loss": cross_entropy(logits, self.labels),
+            "n_kept": len(head.kept),
+        }
 
 
 def rows_of(matrix: FeatureMatrix, indices: np.ndarray) -> np.ndarray:

@@ -59,20 +59,19 @@ def test_killed_in_every_stage_and_run_again(finished: RunDirectory, images: Pat
     pd.testing.assert_frame_equal(result_rows(killed), result_rows(finished))
 
 
-@pytest.mark.parametrize("title", [b"ShardActor", b"ray::ImplicitFunc"], ids=["backbone actor", "trial"])
-def test_a_killed_worker_is_replaced(
-    title: bytes, finished: RunDirectory, images: Path, tmp_path: Path
-) -> None:
+def test_killed_workers_are_replaced(finished: RunDirectory, images: Path, tmp_path: Path) -> None:
+    """One of each kind: a backbone actor, a trial and a task that trains final heads."""
     run = RunDirectory(str(tmp_path))
 
     def kill() -> None:
-        while not kill_workers(title):
-            time.sleep(0.02)
+        for title in (b"ShardActor", b"ray::ImplicitFunc", b"ray::_train_heads"):
+            while not kill_workers(title):
+                time.sleep(0.02)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     run_stages(small_config(images), run.uri, list(STAGES), Console(quiet=True))
     killer.join(timeout=0)
-    assert not killer.is_alive(), "the run ended before a worker could be killed"
+    assert not killer.is_alive(), "the run ended before a worker of each kind could be killed"
     assert digests(run) == digests(finished)
     pd.testing.assert_frame_equal(result_rows(run), result_rows(finished))
