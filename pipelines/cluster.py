@@ -3,6 +3,9 @@
 import logging
 import os
 import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -12,6 +15,26 @@ from h2t.errors import UserError
 
 OBJECT_STORE_BYTES = 1 << 30
 SPARE_CPUS = 2  # logical CPUs for reading and decoding: actors that hold every CPU would starve those
+
+
+# What Ray's core says of every pool of actors of Ray Data (its issue 53727), past Python's logging.
+POOL_NOISE = b"has constructor arguments in the object store and max_restarts > 0"
+
+
+@contextmanager
+def without_lines(words: bytes) -> Iterator[None]:
+    """Hold back what this process writes to standard error, then pass on all but lines with ``words``."""
+    error = 2
+    before = os.dup(error)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), error)
+        try:
+            yield
+        finally:
+            os.dup2(before, error)
+            os.close(before)
+            held.seek(0)
+            os.write(error, b"".join(line for line in held if words not in line))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from h2t.images import BadImage, BadRow, Preprocessing, prepare
 from h2t.store import RunDirectory
 from h2t.work import Shard, TaskWork, refuse_bad_rows
 from pipelines.backbone_actor import load, manifest_row, preprocessing_of, write_bad_rows
-from pipelines.cluster import Cluster, backbone_actors
+from pipelines.cluster import POOL_NOISE, Cluster, backbone_actors, without_lines
 from pipelines.progress import StageProgress
 
 BAD_ROW = pa.struct(
@@ -75,7 +75,11 @@ def stream_shards(
             num_cpus=None if gpus else config.resources.cpus_per_actor,
         )
     )
-    yield from _clear_errors(pipeline.iter_rows(), config)
+    rows_done = _clear_errors(pipeline.iter_rows(), config)
+    with without_lines(POOL_NOISE):  # said when the actors start
+        first = next(rows_done)
+    yield first
+    yield from rows_done
 
 
 def process_shards(

@@ -245,7 +245,7 @@ def _warnings(
 ) -> Iterator[str]:
     if results.empty:
         yield "There are no results yet."
-    if "weights" in results and results["weights"].astype(str).str.startswith("random").any():
+    if _untrained(results):
         yield "The backbone has random weights: these results say nothing about transfer learning."
     if any("lossy" in line for value in provenance.values() for line in plain(value)):
         yield (
@@ -254,6 +254,14 @@ def _warnings(
         )
     for table in problems:
         yield f"{table.title}: {len(table.data)}."
+
+
+def _untrained(results: pd.DataFrame) -> bool:
+    """Whether a method that should start from pretrained weights had random ones."""
+    if "weights" not in results:
+        return False
+    pretrained = results[results["method"] != "scratch"]
+    return bool(pretrained["weights"].astype(str).str.startswith("random").any())
 
 
 def _stated(results: pd.DataFrame) -> dict[str, str]:

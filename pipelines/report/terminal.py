@@ -40,11 +40,11 @@ def terminal_table(results: pd.DataFrame, width: int) -> Table:
     """The table of one backbone, with deviations over seeds where ``width`` columns have room for them."""
     source = accuracy_table(results)
     spreads = {(method, task): found for (_, method, task), found in summaries(results).items()}
-    n_seeds = max(found.n for found in spreads.values())
+    counts = {found.n for found in spreads.values()}
     methods = list(source.data["method"])
-    wide = n_seeds > 1 and NAME_WIDTH + WIDE_COLUMN * len(methods) <= width
+    wide = max(counts) > 1 and NAME_WIDTH + WIDE_COLUMN * len(methods) <= width
     table = _empty_table([method_title(method) for method in methods], width, wide)
-    table.title = _title(str(results["backbone"].iloc[0]), n_seeds, wide)
+    table.title = _title(str(results["backbone"].iloc[0]), counts, wide)
     groups = tasks_in_order(results)
     values = source.data.drop(columns=["backbone", "method"])
     names = [str(name) for name in values]
@@ -67,8 +67,9 @@ def _empty_table(titles: list[str], width: int, wide: bool) -> Table:
     return table
 
 
-def _title(backbone: str, n_seeds: int, wide: bool) -> str:
-    seeds = f"median of {n_seeds} seeds" if n_seeds > 1 else "one seed"
+def _title(backbone: str, counts: set[int], wide: bool) -> str:
+    several = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    seeds = f"median of {several} seeds" if max(counts) > 1 else "one seed"
     return f"Test accuracy in percent: {backbone}, {seeds}{' ± standard deviation' if wide else ''}"
 
 

@@ -398,6 +398,13 @@ def test_random_weights_lossy_images_and_bad_rows_are_pointed_out(results):
     assert b"a\\|b\\_&lt;c>" in files["bad_rows.md"]
 
 
+def test_random_weights_of_a_training_from_scratch_are_no_fault():
+    rows = result_frame(methods=["linear", "scratch"], seeds=(0,)).assign(weights="model.pth")
+    rows.loc[rows["method"] == "scratch", "weights"] = "random, seed 0"
+    page = build_report(rows, selected_frame(rows), pd.DataFrame(), None, {})["index.html"]
+    assert b"random weights" not in page
+
+
 def test_long_lists_of_problems_are_cut_on_display_alone():
     table = problem_table("bad_rows", "Images left out", pd.DataFrame({"index": range(70)}))
     assert (len(table.display), len(table.data)) == (50, 70)
@@ -438,6 +445,18 @@ def test_terminal_table_fits(width, methods):
     assert len(re.findall(r"^ CIFAR-100( +\d+\.\d( ± \d\.\d)?)+ *$", text, flags=re.MULTILINE)) == 1
     last = next(line for line in text.splitlines() if "mean, all" in line)
     assert len(re.findall(r"\d+\.\d", last)) == len(methods)
+
+
+@pytest.mark.parametrize(
+    ("n_linear", "n_scratch", "title"),
+    [(1, 1, "one seed"), (3, 3, "median of 3 seeds"), (3, 1, "median of 1 to 3 seeds")],
+)
+def test_terminal_title_says_how_many_seeds(n_linear, n_scratch, title):
+    counts = {"linear": n_linear, "scratch": n_scratch}
+    rows = result_frame(methods=list(counts))
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_table(rows[rows["seed"] < rows["method"].map(counts)], console)
+    assert f"efficientnet_lite0, {title} " in " ".join(console.export_text().split())
 
 
 def test_terminal_without_results():
