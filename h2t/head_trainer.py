@@ -276,6 +276,7 @@ def _penalties(
     for name in get_args(Regularizer):
         heads = [head for head, spec in enumerate(specs) if spec.regularizer == name]
         if any(specs[head].coefficient for head in heads):
+            assert heads[-1] - heads[0] < len(heads), "specs are ordered by regularizer"
             scale = [2 * specs[head].learning_rate if name == "l2" else 1.0 for head in heads]
             values = [specs[head].coefficient * s for head, s in zip(heads, scale, strict=True)]
             column = torch.tensor(values, device=device)[:, None]
