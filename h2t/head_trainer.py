@@ -1,4 +1,4 @@
-"""One stack of linear heads that are trained together, mini-batch by mini-batch.
+"""Groups of linear heads that are trained together, mini-batch by mini-batch.
 
 The weights of all heads lie in blocks of features, ``[n_heads * n_classes, width]`` each, so that the
 gradient, the regularizer, Adam's update and the next batch's share of the logits of a block are computed

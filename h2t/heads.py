@@ -39,18 +39,16 @@ def train_heads(
     ``initial_weight`` [n_features, n_classes] and ``initial_bias`` [n_classes], or one per head, default to
     Glorot-uniform by the spec's seed and to zero.
 
-    ``dtype`` is the precision of the matrix products ("tf32"
-    rounds on a GPU alone); weights stay float32. ``memory_budget`` in
-    bytes bounds the weights and moments on the device: heads take turns, and a head that is too large alone
-    has them in a temporary file (beside an accelerator: in main memory), of which one block at a time is
-    worked on.
+    ``dtype`` is the precision of the matrix products ("tf32" rounds on a GPU alone); weights stay float32.
+    ``memory_budget`` in bytes bounds the weights and moments on the device: heads take turns, and a head that
+    is too large alone has them in a temporary file (beside an accelerator: in main memory), of which one
+    block at a time is worked on.
 
     Raises UserError for specs, shapes, labels or features that cannot be used, before any work.
     """
     stacks = train_stacks(
         features, labels, specs, n_classes=n_classes, batch_size=batch_size, initial_weight=initial_weight,
-        initial_bias=initial_bias, device=device, dtype=dtype,
-        memory_budget=memory_budget,
+        initial_bias=initial_bias, device=device, dtype=dtype, memory_budget=memory_budget,
     )  # fmt: skip
     return _in_order(list(stacks), n_classes)
 
