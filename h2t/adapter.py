@@ -13,26 +13,23 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from scipy.special import softmax
 
-from h2t.backbones import Backbone, load_backbone
+from h2t.backbones.loading import Backbone, load_backbone
+from h2t.backbones.pooling import ClassToken
+from h2t.backbones.tap_reader import feature_layout
 from h2t.errors import UserError
+from h2t.extraction import extract_features, preprocessing_for
 from h2t.features import FeatureLayout
-from h2t.images import EncodedImage, Image, Preprocessing, prepare, to_batch
-from h2t.images.preprocessing import Resize
-from h2t.methods import Head, Settings, predict
-from h2t.pooling import ClassToken
-from h2t.taps import TapReader, feature_layout
+from h2t.head2toe import Head, predict
+from h2t.hyperparameters import Hyperparameters
+from h2t.images.preprocessing import Preprocessing
+from h2t.images.source import Image
 
 FORMAT = "head2toe-head-1"
 ENTRY = "head"
-NORMALIZATIONS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "minus_one_to_one": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
 
 
 class Prediction(NamedTuple):
@@ -145,59 +142,13 @@ class Adapter:
         return Prediction(self.classes[probabilities.argmax(1)], probabilities)
 
 
-def preprocessing_for(
-    backbone: Backbone, resize: Resize = "bilinear", normalization: str = "backbone"
-) -> Preprocessing:
-    """How images reach a backbone; ``normalization`` of "backbone" takes its own mean and deviation."""
-    mean, std = NORMALIZATIONS.get(normalization, (backbone.mean, backbone.std))
-    return Preprocessing(image_size=backbone.image_size, resize=resize, mean=mean, std=std)
-
-
-def extract_features(
-    backbone: Backbone,
-    images: Sequence[Image | str | Path],
-    target_size: int,
-    *,
-    preprocessing: Preprocessing | None = None,
-    cls_token: ClassToken = "normal",
-    batch_size: int = 50,
-) -> np.ndarray:
-    """Raw features float32 [n, n_features] of images, in the order of ``feature_layout``.
-
-    For as many images as fit in memory; the pipelines stream the rest. Raises UserError for a single path.
-    """
-    if isinstance(images, str | os.PathLike):
-        raise UserError(f"expected a list of images, got one path; write ['{images}']")
-    preprocessing = preprocessing or preprocessing_for(backbone)
-    weight = next(backbone.model.parameters())
-    width = feature_layout(backbone, target_size, cls_token).n_features
-    features = np.empty((len(images), width), dtype=np.float32)
-    with TapReader(backbone, [target_size], cls_token) as reader:
-        for start in range(0, len(images), batch_size):
-            pixels = [prepare(opened(image), preprocessing) for image in images[start : start + batch_size]]
-            batch = to_batch(pixels, preprocessing, weight.device, weight.dtype)
-            taps = reader(batch)[target_size]
-            features[start : start + batch_size] = torch.cat(taps, 1).cpu().numpy()
-    return features
-
-
-def opened(image: Image | str | Path) -> Image:
-    """A file's image where a path is given. Raises UserError when there is no such file."""
-    if not isinstance(image, str | os.PathLike):
-        return image
-    try:
-        return EncodedImage(Path(image).read_bytes(), str(image))
-    except OSError as error:
-        raise UserError(f"cannot read the image '{image}': {error.strerror}") from error
-
-
 def _read(source: bytes | BinaryIO | str | Path) -> tuple[Head, dict[str, Any]]:
     name = str(source) if isinstance(source, str | os.PathLike) else "head"
     try:
         data = _bytes(source)
         tensors, content = load(data), _content(data)
         head = Head(
-            Settings(**content["settings"]),
+            Hyperparameters(**content["settings"]),
             content["seed"],
             tensors["kept"],
             FeatureLayout(tuple(content["taps"]), tuple(content["widths"])),

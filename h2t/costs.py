@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from h2t.backbones import Backbone
+from h2t.backbones.loading import Backbone
+from h2t.backbones.tap_reader import feature_layout
 from h2t.methods import METHODS, Method
-from h2t.taps import feature_layout
 
 BYTES_PER_WEIGHT = 4
 TRAINING_IMAGES = 1000

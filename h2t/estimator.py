@@ -10,12 +10,13 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from h2t.adapter import extract_features
-from h2t.backbones import Backbone
+from h2t.backbones.loading import Backbone
+from h2t.backbones.tap_reader import feature_layout
 from h2t.errors import UserError, unknown
+from h2t.extraction import extract_features
 from h2t.features import FeatureLayout
-from h2t.methods import Settings, fit, predict
-from h2t.taps import feature_layout
+from h2t.head2toe import fit, predict
+from h2t.hyperparameters import Hyperparameters
 
 
 class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
@@ -118,8 +119,8 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
             raise unknown("tap", self.embedding, taps)
         return self.embedding
 
-    def _settings(self) -> Settings:
-        return Settings(
+    def _settings(self) -> Hyperparameters:
+        return Hyperparameters(
             self.method,
             self.target_size,
             self.learning_rate,

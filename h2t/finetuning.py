@@ -37,13 +37,13 @@ from torch import Tensor, nn
 from torch.distributed import all_reduce, get_rank, get_world_size, is_initialized
 from torch.nn.parallel import DistributedDataParallel
 
-from h2t.backbones import Backbone
-from h2t.config import FinetuneConfig
+from h2t.backbones.loading import Backbone
+from h2t.backbones.pooling import ClassToken
+from h2t.backbones.tap_reader import TapReader, feature_layout
 from h2t.errors import UserError
 from h2t.features import FeatureLayout, unit_norm
-from h2t.images import Preprocessing, to_batch
-from h2t.pooling import ClassToken
-from h2t.taps import TapReader, feature_layout
+from h2t.images.preprocessing import Preprocessing, to_batch
+from pipelines.config import FinetuneConfig
 
 LOSSES_CHECKED_EVERY = 50  # reading a loss waits for a GPU
 

@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from h2t.adapter import preprocessing_for
-from h2t.backbones import Backbone, load_backbone
-from h2t.config import BackboneConfig, Config
-from h2t.images import Preprocessing, to_batch
-from h2t.store import RunDirectory
-from h2t.taps import TapReader
-from h2t.work import Shard, TaskWork
+from h2t.backbones.loading import Backbone, load_backbone
+from h2t.backbones.tap_reader import TapReader
+from h2t.extraction import preprocessing_for
+from h2t.images.preprocessing import Preprocessing, to_batch
+from pipelines.config import BackboneConfig, Config
+from pipelines.run_directory import RunDirectory
+from pipelines.task_data import Shard, TaskData
 
 
 def load(config: BackboneConfig, device: str = "cpu") -> Backbone:
@@ -53,7 +53,7 @@ class FeatureReader:
             yield self.reader(batch)
 
 
-def write_bad_rows(run: RunDirectory, work: TaskWork, shard: Shard, batch: pa.Table) -> list[dict[str, Any]]:
+def write_bad_rows(run: RunDirectory, work: TaskData, shard: Shard, batch: pa.Table) -> list[dict[str, Any]]:
     """The bad rows of a decoded shard; where the recipe skips them they are written as a table as well."""
     bad = batch["bad"][0].as_py()
     if bad and work.config.on_bad_image == "skip":
@@ -61,7 +61,7 @@ def write_bad_rows(run: RunDirectory, work: TaskWork, shard: Shard, batch: pa.Ta
     return bad
 
 
-def bad_rows_file(work: TaskWork, shard: Shard) -> str:
+def bad_rows_file(work: TaskData, shard: Shard) -> str:
     """Where the bad rows of a shard are listed, when there are any."""
     return f"{work.folder('bad_rows')}/{shard.split}-{shard.number:05d}-{work.fingerprint}.parquet"
 

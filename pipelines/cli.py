@@ -12,9 +12,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from h2t.config import Config
 from h2t.errors import UserError, unknown
-from h2t.recipe import load_config
+from pipelines.config import Config
+from pipelines.recipe import load_config
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,8 +50,8 @@ STAGES = ["extract", "sweep", "evaluate", "finetune", "report"]
 
 
 def _run(config: Config, run_dir: str | None, stages: list[str], address: str | None) -> None:
-    from h2t.store import RunDirectory
     from pipelines.run import run_stages  # Ray and torch take seconds to import; help and errors need neither
+    from pipelines.run_directory import RunDirectory
 
     started = time.monotonic()
     uri = run_dir or f"runs/{config.name}"
@@ -117,7 +117,7 @@ def tasks(
     format: Annotated[str, typer.Option(help="How that folder is laid out.")] = "vtab1k",
 ) -> None:
     """List the tasks, or check which of them a folder of images holds."""
-    from h2t.images import check_root
+    from h2t.images.check_vtab import check_root
     from h2t.tasks import DEMO, VTAB_1K
 
     if check is not None:
@@ -141,7 +141,7 @@ def prepare(
     source: Annotated[str, typer.Option("--from", help="Only tfds as yet.")] = "tfds",
 ) -> None:
     """Write VTAB-1k's exact images and labels once, lossless, as Parquet."""
-    from h2t.images.tfds import prepare_task
+    from h2t.images.prepare_vtab import prepare_task
     from h2t.tasks import VTAB_1K, find_task
 
     if source != "tfds":
@@ -160,8 +160,8 @@ def taps(
     variant: Annotated[str, typer.Option("--taps", help="auto, or a variant of a preset.")] = "auto",
 ) -> None:
     """List a backbone's taps, their shapes, and the features of each at every target size."""
-    from h2t.backbones import load_backbone
-    from h2t.taps import describe
+    from h2t.backbones.loading import load_backbone
+    from h2t.backbones.tap_reader import describe
 
     sizes = target_size or [512]
     loaded = load_backbone(backbone, weights=weights, image_size=image_size, taps=variant)

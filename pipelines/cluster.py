@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import ray
 
-from h2t.config import Resources
 from h2t.errors import UserError
+from pipelines.config import Resources
 
 OBJECT_STORE_BYTES = 1 << 30
 SPARE_CPUS = 2  # logical CPUs for reading and decoding: actors that hold every CPU would starve those

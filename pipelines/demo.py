@@ -2,10 +2,10 @@
 
 from rich.console import Console
 
-from h2t.config import Config
 from h2t.errors import UserError
-from h2t.images import SourceUnavailable
-from h2t.work import open_task
+from h2t.images.source import SourceUnavailable
+from pipelines.config import Config
+from pipelines.task_data import open_task
 
 
 def available_tasks(config: Config, console: Console) -> Config:

@@ -17,25 +17,25 @@ import torch
 from rich.console import Console
 
 from h2t.adapter import load_head, save_head
-from h2t.config import Config
 from h2t.costs import BackboneCost, HeadSize, storage_bytes, training_flops
-from h2t.feature_files import read_features
-from h2t.head_bank import HeadBank
-from h2t.images import class_names
-from h2t.methods import Head, Settings
+from h2t.head2toe import Head, HeadBank
+from h2t.hyperparameters import Hyperparameters
+from h2t.images.formats import class_names
 from h2t.metrics import correct
-from h2t.store import RunDirectory
-from h2t.work import Shard, TaskWork, backbone_folder
 from pipelines.backbone_actor import FeatureReader
 from pipelines.cluster import Cluster, trial_resources
+from pipelines.config import Config
 from pipelines.extract import read_manifest
+from pipelines.feature_files import read_features
 from pipelines.progress import StageProgress
-from pipelines.stream import process_shards, user_cause
+from pipelines.run_directory import RunDirectory
+from pipelines.shard_stream import process_shards, user_cause
 from pipelines.sweep import fit_heads, read_selected, rows_of, selected_file
+from pipelines.task_data import Shard, TaskData, backbone_folder
 
 
 def evaluate(
-    config: Config, works: Sequence[TaskWork], run: RunDirectory, cluster: Cluster, console: Console
+    config: Config, works: Sequence[TaskData], run: RunDirectory, cluster: Cluster, console: Console
 ) -> int:
     """Train the final heads, predict the test images and write the result rows; how many images were read."""
     works = [work for work in works if work.trials()]
@@ -52,8 +52,8 @@ def evaluate(
 
 
 def train_final_heads(
-    works: Sequence[TaskWork],
-    chosen: dict[str, list[Settings]],
+    works: Sequence[TaskData],
+    chosen: dict[str, list[Hyperparameters]],
     run: RunDirectory,
     cluster: Cluster,
     console: Console,
@@ -84,15 +84,15 @@ def train_final_heads(
                 raise user_cause(error) from error
 
 
-def _all_heads(work: TaskWork, chosen: list[Settings]) -> list[str]:
+def _all_heads(work: TaskData, chosen: list[Hyperparameters]) -> list[str]:
     return [work.head_file(settings, seed) for settings in chosen for seed in work.config.seeds]
 
 
 def _head_jobs(
-    work: TaskWork, chosen: list[Settings], missing: set[str]
-) -> list[tuple[TaskWork, list[Settings]]]:
-    """Settings of which a head is missing, grouped by target size (they share the feature matrix)."""
-    grouped: dict[int, list[Settings]] = {}
+    work: TaskData, chosen: list[Hyperparameters], missing: set[str]
+) -> list[tuple[TaskData, list[Hyperparameters]]]:
+    """Hyperparameters of which a head is missing, grouped by target size (they share the feature matrix)."""
+    grouped: dict[int, list[Hyperparameters]] = {}
     for settings in chosen:
         if any(work.head_file(settings, seed) in missing for seed in work.config.seeds):
             grouped.setdefault(settings.target_size, []).append(settings)
@@ -101,7 +101,7 @@ def _head_jobs(
 
 # The process ends with the task: an idle one would hold its memory, and its GPU's, beside the actors to come.
 @ray.remote(max_retries=2, max_calls=1)
-def _train_heads(work: TaskWork, chosen: list[Settings], run: RunDirectory) -> int:
+def _train_heads(work: TaskData, chosen: list[Hyperparameters], run: RunDirectory) -> int:
     torch.set_num_threads(work.config.resources.cpus_per_trial)
     matrix = read_features(run, work.feature_files("train", chosen[0].target_size))
     rows = rows_of(matrix, work.row_order("train"))
@@ -121,15 +121,15 @@ def _train_heads(work: TaskWork, chosen: list[Settings], run: RunDirectory) -> i
     return len(heads)
 
 
-def predictions_file(work: TaskWork, chosen: list[Settings], shard: Shard) -> str:
+def predictions_file(work: TaskData, chosen: list[Hyperparameters], shard: Shard) -> str:
     """Where the predictions of all frozen heads for one shard of test images lie."""
     return work.file("predictions", "frozen", f"part-{shard.number:05d}.parquet", _all_heads(work, chosen))
 
 
 def predict_test_images(
     config: Config,
-    works: Sequence[TaskWork],
-    chosen: dict[str, list[Settings]],
+    works: Sequence[TaskData],
+    chosen: dict[str, list[Hyperparameters]],
     run: RunDirectory,
     cluster: Cluster,
     console: Console,
@@ -152,14 +152,14 @@ def predict_test_images(
 class Predictor:
     """Step of the evaluation: a shard's test images to the predictions of all heads; state of an actor."""
 
-    def __init__(self, run: RunDirectory, chosen: dict[str, list[Settings]], config: Config) -> None:
+    def __init__(self, run: RunDirectory, chosen: dict[str, list[Hyperparameters]], config: Config) -> None:
         self.run, self.chosen = run, chosen
         sizes = sorted({settings.target_size for points in chosen.values() for settings in points})
         self.features = FeatureReader(config, sizes)
         self.task = ""
         self.heads: list[Head] = []
 
-    def __call__(self, work: TaskWork, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
+    def __call__(self, work: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
         """Write the shard's predictions: index, label and one int32 column per method and seed."""
         self._take_heads_of(work)
         parts = [self._predict(taps) for taps in self.features.read(images)]
@@ -170,7 +170,7 @@ class Predictor:
         name = predictions_file(work, self.chosen[shard.task], shard)
         self.run.write_table(name, pa.table(columns), compression="zstd")
 
-    def _take_heads_of(self, work: TaskWork) -> None:
+    def _take_heads_of(self, work: TaskData) -> None:
         if self.task != work.task.name:
             names = _all_heads(work, self.chosen[work.task.name])
             self.heads = [load_head(self.run.read(name))[0] for name in names]
@@ -187,7 +187,7 @@ def prediction_column(method: str, seed: int) -> str:
     return f"{method}_seed{seed}"
 
 
-def write_results(work: TaskWork, chosen: list[Settings], run: RunDirectory) -> None:
+def write_results(work: TaskData, chosen: list[Hyperparameters], run: RunDirectory) -> None:
     """Result rows and kept features per tap of one task from its predictions and heads."""
     heads = _all_heads(work, chosen)
     results = work.file("results", "frozen", "results.parquet", heads, selected_file(work))
@@ -207,7 +207,7 @@ def write_results(work: TaskWork, chosen: list[Settings], run: RunDirectory) -> 
 
 
 def _result(
-    work: TaskWork,
+    work: TaskData,
     head: Head,
     provenance: dict[str, str],
     predictions: pd.DataFrame,
@@ -253,7 +253,7 @@ def _result(
     }
 
 
-def _kept(work: TaskWork, head: Head) -> pd.DataFrame:
+def _kept(work: TaskData, head: Head) -> pd.DataFrame:
     counts = np.bincount(head.layout.tap_of(head.kept), minlength=len(head.layout.taps))
     return pd.DataFrame(
         {

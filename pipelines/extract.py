@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from h2t.config import Config
+from h2t.backbones.tap_reader import feature_layout
 from h2t.costs import BackboneCost, measure_backbone
-from h2t.feature_files import write_features
 from h2t.features import FeatureLayout
-from h2t.store import RunDirectory
-from h2t.taps import feature_layout
-from h2t.work import Shard, Split, TaskWork
 from pipelines.backbone_actor import FeatureReader, load
 from pipelines.cluster import Cluster
-from pipelines.stream import process_shards
+from pipelines.config import Config
+from pipelines.feature_files import write_features
+from pipelines.run_directory import RunDirectory
+from pipelines.shard_stream import process_shards
+from pipelines.task_data import Shard, Split, TaskData
 
 PACKAGES = ("head2toe-ray", "numpy", "pillow", "pyarrow", "ray", "timm", "torch")
 
 
 def extract(
-    config: Config, works: Sequence[TaskWork], run: RunDirectory, cluster: Cluster, console: Console
+    config: Config, works: Sequence[TaskData], run: RunDirectory, cluster: Cluster, console: Console
 ) -> int:
     """Write the feature files that are missing; how many images went through the backbone.
 
@@ -50,7 +50,7 @@ def extract(
     return n_images
 
 
-def write_manifests(config: Config, works: Sequence[TaskWork], run: RunDirectory) -> None:
+def write_manifests(config: Config, works: Sequence[TaskData], run: RunDirectory) -> None:
     """Say of every folder of features what it holds, where that is not said yet."""
     folders = [
         (work, split, size)
@@ -70,12 +70,12 @@ def write_manifests(config: Config, works: Sequence[TaskWork], run: RunDirectory
         run.write_json(manifest_file(work, split, size), manifest)
 
 
-def manifest_file(work: TaskWork, split: Split, target_size: int) -> str:
+def manifest_file(work: TaskData, split: Split, target_size: int) -> str:
     """The file that says what a folder of features holds; readers of Parquet skip its name."""
     return f"{work.feature_folder(split, target_size)}/_manifest.json"
 
 
-def read_manifest(work: TaskWork, run: RunDirectory) -> dict[str, Any]:
+def read_manifest(work: TaskData, run: RunDirectory) -> dict[str, Any]:
     """What is said of the features of a task's training images; the backbone and its cost among it."""
     name = manifest_file(work, "train", work.config.grid.target_size[0])
     run.require([name], "extract")
@@ -83,13 +83,13 @@ def read_manifest(work: TaskWork, run: RunDirectory) -> dict[str, Any]:
     return manifest
 
 
-def _is_described(run: RunDirectory, work: TaskWork, split: Split, target_size: int) -> bool:
+def _is_described(run: RunDirectory, work: TaskData, split: Split, target_size: int) -> bool:
     name = manifest_file(work, split, target_size)
     return run.exists(name) and run.read_json(name)["fingerprint"] == work.fingerprint
 
 
 def feature_manifest(
-    work: TaskWork, split: Split, target_size: int, layout: FeatureLayout, weights: str, cost: BackboneCost
+    work: TaskData, split: Split, target_size: int, layout: FeatureLayout, weights: str, cost: BackboneCost
 ) -> dict[str, Any]:
     """What the features of a split are: files, taps, and everything that they come from."""
     return {
@@ -111,7 +111,7 @@ def package_versions() -> dict[str, str]:
 
 
 def missing_shards(
-    config: Config, works: Sequence[TaskWork], run: RunDirectory, console: Console | None = None
+    config: Config, works: Sequence[TaskData], run: RunDirectory, console: Console | None = None
 ) -> list[Shard]:
     """Shards of training images of which a feature file is missing, whole tasks in order."""
     missing, stale = [], 0
@@ -142,7 +142,7 @@ class FeatureWriter:
             for size in config.grid.target_size
         }
 
-    def __call__(self, work: TaskWork, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
+    def __call__(self, work: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
         """Write the shard's file of every target size."""
         write_features(
             self.run,

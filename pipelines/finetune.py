@@ -13,20 +13,15 @@ from ray import train as ray_train
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 
-from h2t.config import Config
 from h2t.errors import UserError
 from h2t.finetuning import Selection
-from h2t.methods import METHODS, Settings
-from h2t.store import RunDirectory
-from h2t.work import TaskWork
+from h2t.hyperparameters import Hyperparameters
+from h2t.methods import METHODS
 from pipelines.cluster import Cluster, concurrent_trials, trial_resources
+from pipelines.config import Config
 from pipelines.extract import read_manifest
-from pipelines.progress import StageProgress
-from pipelines.sweep import read_selected, selected_file
-from pipelines.trained_predictions import predict_with_trained, prediction_files
-from pipelines.trained_results import write_trained_results
-from pipelines.trained_selection import read_trained_selected, trained_selected_file, write_trained_selected
-from pipelines.trained_trials import (
+from pipelines.finetune_predict import predict_with_trained, prediction_files
+from pipelines.finetune_trial import (
     TrainedTrial,
     checkpoint_folder,
     cross_validation_trials,
@@ -36,13 +31,19 @@ from pipelines.trained_trials import (
     trained_methods,
     trained_trial,
 )
-from pipelines.tuning import run_trials
+from pipelines.jobs import run_trials
+from pipelines.progress import StageProgress
+from pipelines.run_directory import RunDirectory
+from pipelines.sweep import read_selected, selected_file
+from pipelines.task_data import TaskData
+from pipelines.trained_results import write_trained_results
+from pipelines.trained_selection import read_trained_selected, trained_selected_file, write_trained_selected
 
 WAITING_CPUS = 0.1  # logical CPUs of a trial that waits for its workers; Tune refuses none
 
 
 def finetune(
-    config: Config, works: Sequence[TaskWork], run: RunDirectory, cluster: Cluster, console: Console
+    config: Config, works: Sequence[TaskData], run: RunDirectory, cluster: Cluster, console: Console
 ) -> int:
     """Run the missing trainings, predict the test images, write the rows; how many trainings ran.
 
@@ -67,7 +68,7 @@ def finetune(
     return n_trials
 
 
-def _frozen_settings(work: TaskWork, run: RunDirectory) -> Settings | None:
+def _frozen_settings(work: TaskData, run: RunDirectory) -> Hyperparameters | None:
     """What Head2Toe chose for a task, where a method builds on it."""
     if not any(METHODS[method].features == "selected" for method in trained_methods(work.config)):
         return None
@@ -77,7 +78,7 @@ def _frozen_settings(work: TaskWork, run: RunDirectory) -> Settings | None:
     return chosen
 
 
-def _candidates(work: TaskWork, frozen: Settings | None) -> list[TrainedTrial]:
+def _candidates(work: TaskData, frozen: Hyperparameters | None) -> list[TrainedTrial]:
     return [
         trial
         for method in trained_methods(work.config)
@@ -86,7 +87,10 @@ def _candidates(work: TaskWork, frozen: Settings | None) -> list[TrainedTrial]:
 
 
 def _final_trials(
-    work: TaskWork, frozen: Settings | None, candidates: dict[str, list[TrainedTrial]], run: RunDirectory
+    work: TaskData,
+    frozen: Hyperparameters | None,
+    candidates: dict[str, list[TrainedTrial]],
+    run: RunDirectory,
 ) -> list[TrainedTrial]:
     chosen = read_trained_selected(work, candidates[work.task.name], run)
     return [
@@ -98,7 +102,7 @@ def _final_trials(
 
 def run_missing(
     config: Config,
-    works: Sequence[TaskWork],
+    works: Sequence[TaskData],
     trials: dict[str, list[TrainedTrial]],
     folder: str,
     run: RunDirectory,
@@ -124,7 +128,7 @@ def run_missing(
 
 def _run_on_tune(
     config: Config,
-    works: Sequence[TaskWork],
+    works: Sequence[TaskData],
     trials: list[TrainedTrial],
     run: RunDirectory,
     cluster: Cluster,
@@ -169,7 +173,7 @@ def _place(trial: TrainedTrial) -> str:
 
 def _run_piece(number: int, shared: dict[str, Any]) -> None:
     trial: TrainedTrial = shared["trials"][number]
-    work: TaskWork = shared["works"][trial.task]
+    work: TaskData = shared["works"][trial.task]
     if shared["run"].exists(trial.file):
         return  # done before the worker of an earlier attempt died
     selection = selection_of(work, trial, shared["run"])
@@ -180,7 +184,7 @@ def _run_piece(number: int, shared: dict[str, Any]) -> None:
 
 
 def _run_on_workers(
-    work: TaskWork,
+    work: TaskData,
     trial: TrainedTrial,
     selection: Selection | None,
     run: RunDirectory,

@@ -7,15 +7,15 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from h2t.config import Config, fingerprint
-from h2t.store import RunDirectory
-from h2t.work import TaskWork, open_tasks
 from pipelines.cluster import Cluster, connect
+from pipelines.config import Config, fingerprint
 from pipelines.evaluate import evaluate
 from pipelines.extract import extract, package_versions
 from pipelines.finetune import finetune
 from pipelines.report import report
+from pipelines.run_directory import RunDirectory
 from pipelines.sweep import sweep
+from pipelines.task_data import TaskData, open_tasks
 
 STAGES: dict[str, Callable[..., Any]] = {
     "extract": extract,
@@ -40,7 +40,7 @@ def run_stages(
 def _timed(
     stage: Callable[..., Any],
     config: Config,
-    works: list[TaskWork],
+    works: list[TaskData],
     run: RunDirectory,
     cluster: Cluster,
     console: Console,

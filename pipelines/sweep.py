@@ -12,24 +12,26 @@ import ray
 import torch
 from rich.console import Console
 
-from h2t.config import Config
-from h2t.feature_files import FeatureMatrix
 from h2t.features import select as select_features
-from h2t.methods import METHODS, Head, Settings, fit
+from h2t.head2toe import Head, fit
+from h2t.hyperparameters import Hyperparameters
+from h2t.methods import METHODS
 from h2t.metrics import accuracy, cross_entropy
-from h2t.store import RunDirectory
-from h2t.work import TaskWork, Trial, backbone_folder
 from pipelines.cluster import Cluster, concurrent_trials, slots, trial_resources
-from pipelines.features import FeatureCache, cached_features
+from pipelines.config import Config
+from pipelines.feature_cache import FeatureCache, cached_features
+from pipelines.feature_files import FeatureMatrix
+from pipelines.jobs import run_trials
 from pipelines.progress import StageProgress
-from pipelines.tuning import run_trials
+from pipelines.run_directory import RunDirectory
+from pipelines.task_data import TaskData, Trial, backbone_folder
 
 PACKS_PER_SLOT = 4
 SETTINGS = ["method", "target_size", "learning_rate", "steps", "coefficient", "keep_fraction"]
 
 
 def sweep(
-    config: Config, works: Sequence[TaskWork], run: RunDirectory, cluster: Cluster, console: Console
+    config: Config, works: Sequence[TaskData], run: RunDirectory, cluster: Cluster, console: Console
 ) -> int:
     """Run the trials that are missing and write the settings they select; how many trials ran."""
     missing, stale = [], 0
@@ -55,7 +57,7 @@ def sweep(
 
 def _run_trials(
     config: Config,
-    works: Sequence[TaskWork],
+    works: Sequence[TaskData],
     trials: list[Trial],
     run: RunDirectory,
     cluster: Cluster,
@@ -98,7 +100,7 @@ def packed(trials: Sequence[Trial], n_slots: int) -> list[list[Trial]]:
 
 def _run_pack(number: int, shared: dict[str, Any]) -> None:
     for trial in shared["packs"][number]:
-        work: TaskWork = shared["works"][trial.task]
+        work: TaskData = shared["works"][trial.task]
         if shared["run"].exists(trial.file):
             continue  # done before the worker of an earlier attempt died
         torch.set_num_threads(work.config.resources.cpus_per_trial)
@@ -106,7 +108,7 @@ def _run_pack(number: int, shared: dict[str, Any]) -> None:
         shared["run"].write_frame(trial.file, run_trial(work, trial, matrix))
 
 
-def run_trial(work: TaskWork, trial: Trial, matrix: FeatureMatrix) -> pd.DataFrame:
+def run_trial(work: TaskData, trial: Trial, matrix: FeatureMatrix) -> pd.DataFrame:
     """Train all settings of a trial on its fold; one row each, in the order of the settings."""
     train, validation = (rows_of(matrix, rows) for rows in work.fold(trial.fold))
     started = time.perf_counter()
@@ -157,10 +159,10 @@ def rows_of(matrix: FeatureMatrix, indices: np.ndarray) -> np.ndarray:
 
 
 def fit_heads(
-    work: TaskWork,
+    work: TaskData,
     matrix: FeatureMatrix,
     rows: np.ndarray,
-    settings: Sequence[Settings],
+    settings: Sequence[Hyperparameters],
     seeds: Sequence[int],
 ) -> Any:
     """Train heads on some rows of a task's features with the recipe's batch size, precision and memory."""
@@ -205,12 +207,12 @@ def select(trials: pd.DataFrame) -> pd.DataFrame:
     return chosen.sort_values("method", key=lambda names: names.map(order)).reset_index(drop=True)
 
 
-def selected_file(work: TaskWork) -> str:
+def selected_file(work: TaskData) -> str:
     """Where the chosen settings of a task lie."""
     return work.file("selected", "frozen", "selected.parquet", [trial.file for trial in work.trials()])
 
 
-def write_selected(work: TaskWork, run: RunDirectory) -> None:
+def write_selected(work: TaskData, run: RunDirectory) -> None:
     """Choose the settings of every method of a task from its trials, where that was not done yet."""
     name = selected_file(work)
     missing, _ = run.reconcile(name.rpartition("/")[0], [name])
@@ -218,7 +220,9 @@ def write_selected(work: TaskWork, run: RunDirectory) -> None:
         run.write_frame(name, select(run.read_frame(trial.file for trial in work.trials())))
 
 
-def read_selected(work: TaskWork, run: RunDirectory) -> list[Settings]:
+def read_selected(work: TaskData, run: RunDirectory) -> list[Hyperparameters]:
     """The chosen settings of every method of a task."""
     frame = run.read_frame([selected_file(work)])
-    return [Settings(**{key: row[key] for key in SETTINGS}) for row in frame[SETTINGS].to_dict("records")]
+    return [
+        Hyperparameters(**{key: row[key] for key in SETTINGS}) for row in frame[SETTINGS].to_dict("records")
+    ]

@@ -8,15 +8,15 @@ import pandas as pd
 from h2t.costs import BackboneCost, HeadSize, storage_bytes, training_flops
 from h2t.finetuning import model_content
 from h2t.metrics import correct
-from h2t.store import RunDirectory
-from h2t.work import TaskWork, backbone_folder
 from pipelines.evaluate import prediction_column
 from pipelines.extract import read_manifest
-from pipelines.trained_trials import TrainedTrial
+from pipelines.finetune_trial import TrainedTrial
+from pipelines.run_directory import RunDirectory
+from pipelines.task_data import TaskData, backbone_folder
 
 
 def write_trained_results(
-    work: TaskWork,
+    work: TaskData,
     final: list[TrainedTrial],
     prediction_files: Iterable[str],
     selected_file: str,
@@ -40,7 +40,7 @@ def write_trained_results(
 
 
 def _result(
-    work: TaskWork,
+    work: TaskData,
     trial: TrainedTrial,
     predictions: pd.DataFrame,
     selected: pd.DataFrame,
@@ -92,7 +92,7 @@ def _result(
 
 
 def _plus(
-    work: TaskWork, trained: list[dict[str, Any]], selected: pd.DataFrame, run: RunDirectory
+    work: TaskData, trained: list[dict[str, Any]], selected: pd.DataFrame, run: RunDirectory
 ) -> list[dict[str, Any]]:
     """The rows of Head2Toe or of Head2Toe-FT, whichever validated better, under the name of Head2Toe-FT+."""
     (chosen,) = selected.loc[["head2toe_ft_plus"]].to_dict("records")

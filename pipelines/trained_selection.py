@@ -6,14 +6,15 @@ from dataclasses import asdict
 import pandas as pd
 
 from h2t.errors import UserError
-from h2t.methods import METHODS, Settings
-from h2t.store import RunDirectory
-from h2t.work import TaskWork, backbone_folder
+from h2t.hyperparameters import Hyperparameters
+from h2t.methods import METHODS
+from pipelines.finetune_trial import TrainedTrial, frozen_for, trained_methods, trained_search_space
+from pipelines.run_directory import RunDirectory
 from pipelines.sweep import SETTINGS, select, selected_file
-from pipelines.trained_trials import TrainedTrial, frozen_for, trained_methods, trained_search_space
+from pipelines.task_data import TaskData, backbone_folder
 
 
-def trained_selected_file(work: TaskWork, candidates: list[TrainedTrial]) -> str:
+def trained_selected_file(work: TaskData, candidates: list[TrainedTrial]) -> str:
     """Where the chosen settings of the trained methods of a task lie."""
     config = work.config
     # With Head2Toe-FT+, which is chosen here, though it has no training of its own.
@@ -24,7 +25,7 @@ def trained_selected_file(work: TaskWork, candidates: list[TrainedTrial]) -> str
 
 
 def write_trained_selected(
-    work: TaskWork, candidates: list[TrainedTrial], frozen: Settings | None, run: RunDirectory
+    work: TaskData, candidates: list[TrainedTrial], frozen: Hyperparameters | None, run: RunDirectory
 ) -> None:
     """Choose the settings of every trained method of a task, where that was not done yet.
 
@@ -47,17 +48,17 @@ def write_trained_selected(
 
 
 def read_trained_selected(
-    work: TaskWork, candidates: list[TrainedTrial], run: RunDirectory
-) -> list[Settings]:
+    work: TaskData, candidates: list[TrainedTrial], run: RunDirectory
+) -> list[Hyperparameters]:
     """The chosen settings of every method with a training of its own."""
     if not trained_methods(work.config):
         return []
     frame = run.read_frame([trained_selected_file(work, candidates)])
     rows = frame[frame["method"].isin(trained_methods(work.config))][SETTINGS]
-    return [Settings(**{key: row[key] for key in SETTINGS}) for row in rows.to_dict("records")]
+    return [Hyperparameters(**{key: row[key] for key in SETTINGS}) for row in rows.to_dict("records")]
 
 
-def _only_settings(work: TaskWork, frozen: Settings | None) -> pd.DataFrame:
+def _only_settings(work: TaskData, frozen: Hyperparameters | None) -> pd.DataFrame:
     """The one point of each method's search space, which no fold has validated."""
     nothing = {"validation_std": math.nan, "validation_accuracy": math.nan, "validation_loss": math.nan}
     place = {"backbone": backbone_folder(work.config), "task": work.task.name, "group": work.task.group}

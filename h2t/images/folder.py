@@ -8,8 +8,8 @@ from functools import lru_cache
 import numpy as np
 
 from h2t.errors import UserError
-from h2t.images.encoding import describe_encoding
-from h2t.images.files import (
+from h2t.images.lossy import describe_encoding
+from h2t.images.remote import (
     list_files,
     list_folders,
     natural_order,

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileType
 
 from h2t.errors import UserError, unknown
-from h2t.images.encoding import describe_encoding
-from h2t.images.files import of_split, open_root, require_root, shards, task_folder
+from h2t.images.lossy import describe_encoding
+from h2t.images.remote import of_split, open_root, require_root, shards, task_folder
 from h2t.images.source import EncodedImage, Image, RowProblem, SourceUnavailable, Split
 from h2t.tasks import Task
 

@@ -15,8 +15,8 @@ from functools import lru_cache
 import numpy as np
 from pyarrow.fs import FileSystem
 
-from h2t.images.encoding import describe_encoding
-from h2t.images.files import of_split, open_root, require_root, shards, task_folder
+from h2t.images.lossy import describe_encoding
+from h2t.images.remote import of_split, open_root, require_root, shards, task_folder
 from h2t.images.source import EncodedImage, Image, RowProblem, SourceUnavailable, Split
 from h2t.tasks import Task
 

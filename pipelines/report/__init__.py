@@ -5,22 +5,22 @@ from typing import Any
 
 from rich.console import Console
 
-from h2t.config import Config, fingerprint
 from h2t.costs import BackboneCost
 from h2t.errors import UserError
 from h2t.methods import METHODS
-from h2t.store import RunDirectory
-from h2t.work import TaskWork, backbone_folder
 from pipelines.cluster import Cluster
+from pipelines.config import Config, fingerprint
 from pipelines.extract import package_versions, read_manifest
 from pipelines.report.page import write_report
 from pipelines.report.terminal import print_table
+from pipelines.run_directory import RunDirectory
+from pipelines.task_data import TaskData, backbone_folder
 
 __all__ = ["report"]
 
 
 def report(
-    config: Config, works: Sequence[TaskWork], run: RunDirectory, cluster: Cluster, console: Console
+    config: Config, works: Sequence[TaskData], run: RunDirectory, cluster: Cluster, console: Console
 ) -> None:
     """Stage 5: tables and figures of the tasks of this recipe, from the files of the other stages."""
     frames = {
@@ -45,7 +45,7 @@ def report(
     console.print(f"{'report':<9} {len(names)} files; open {run.uri}/report/index.html")
 
 
-def _provenance(config: Config, works: Sequence[TaskWork]) -> dict[str, Any]:
+def _provenance(config: Config, works: Sequence[TaskData]) -> dict[str, Any]:
     return {
         "recipe": config.name,
         "fingerprint": fingerprint(config),

@@ -8,13 +8,7 @@ from typing import Any
 import pandas as pd
 
 from h2t import metrics, paper
-from h2t.costs import (
-    BackboneCost,
-    HeadSize,
-    finetuning_flops,
-    storage_bytes,
-    training_flops,
-)
+from h2t.costs import BackboneCost, HeadSize, finetuning_flops, storage_bytes, training_flops
 from h2t.methods import METHODS
 from h2t.tasks import VTAB_1K
 from pipelines.report.tables import (

@@ -14,7 +14,6 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from h2t.costs import BackboneCost
-from h2t.store import RunDirectory
 from pipelines.report import figures
 from pipelines.report.comparisons import affinity_table, cost_table, gain_table, gains, paper_table
 from pipelines.report.formats import table_files, text_columns
@@ -34,6 +33,7 @@ from pipelines.report.tables import (
     task_title,
     tasks_in_order,
 )
+from pipelines.run_directory import RunDirectory
 
 TEXT_COLUMNS = ("backbone", "task", "group", "method")
 NUMBER_COLUMNS = ("seed", "test_accuracy", "n_test", "n_correct", "n_classes", "steps")

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from h2t.backbones import Backbone, load_backbone
-from h2t.feature_files import write_features
-from h2t.store import RunDirectory
-from h2t.taps import TapReader, feature_layout
+from h2t.backbones.loading import Backbone, load_backbone
+from h2t.backbones.tap_reader import TapReader, feature_layout
+from pipelines.feature_files import write_features
+from pipelines.run_directory import RunDirectory
 
 # backbone, image size in pixels, images in a batch, target sizes, the largest overhead that was asked for
 CASES = (

@@ -24,9 +24,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from h2t.feature_files import KEYS, read_features, write_features
 from h2t.features import FeatureLayout
-from h2t.store import RunDirectory
+from pipelines.feature_files import KEYS, read_features, write_features
+from pipelines.run_directory import RunDirectory
 
 ENCODINGS = {
     "none": {"compression": "none"},

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from h2t.backbones import load_backbone
-from h2t.config import FinetuneConfig
+from h2t.backbones.loading import load_backbone
 from h2t.finetuning import TrainableModel, embedding_selection, train
-from h2t.images import Preprocessing, to_batch
+from h2t.images.preprocessing import Preprocessing, to_batch
+from pipelines.config import FinetuneConfig
 
 ROUNDS, STEPS, BATCH = 4, 6, 32
 CASES = (("efficientnet_lite0", 64), ("resnet18", 64), ("test_vit", 160))

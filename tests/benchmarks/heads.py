@@ -19,10 +19,13 @@ import torch
 from tabulate import tabulate
 
 from h2t.features import FeatureLayout
-from h2t.head_groups import Group
-from h2t.head_trainer import Batches, HeadTrainer
-from h2t.heads import HeadSpec, Precision, train_heads
-from h2t.methods import GROUP_BYTES, Settings, fit, search_space
+from h2t.head2toe import GROUP_BYTES, fit
+from h2t.heads.blocks import Group
+from h2t.heads.spec import HeadSpec, Precision
+from h2t.heads.trainer import Batches, HeadTrainer
+from h2t.heads.training import train_heads
+from h2t.hyperparameters import Hyperparameters
+from h2t.methods import search_space
 from h2t.selection import keep_top, relevance_scores
 
 N_ROWS, N_TAPS, N_FEATURES, N_CLASSES, BATCH = 800, 52, 30_440, 10, 128
@@ -207,7 +210,7 @@ def kept_features(features: torch.Tensor, n_kept: int) -> torch.Tensor:
     return torch.stack([features[:, start::every][:, :n_kept] for start in range(len(final_specs()))])
 
 
-def sweep_settings(shorter: int = 1) -> list[Settings]:
+def sweep_settings(shorter: int = 1) -> list[Hyperparameters]:
     """The paper's grid at one target size, with ``shorter`` times fewer steps."""
     steps = [steps // shorter for steps in STEPS]
     methods = {
@@ -231,7 +234,7 @@ def sweep_settings(shorter: int = 1) -> list[Settings]:
     ]
 
 
-def plain_sweep_seconds(settings: Iterable[Settings], n_steps: int = 14) -> float:
+def plain_sweep_seconds(settings: Iterable[Hyperparameters], n_steps: int = 14) -> float:
     """Processor time that the plain loop would need for all settings of a fold, from its time per step."""
     features, labels = made(N_FEATURES)
     per_step: dict[int, float] = {}

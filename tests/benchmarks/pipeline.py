@@ -16,20 +16,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from h2t.feature_files import write_features
-from h2t.images import prepare
-from h2t.recipe import load_config
-from h2t.store import RunDirectory
-from h2t.taps import feature_layout
-from h2t.work import TaskWork, open_tasks
+from h2t.backbones.tap_reader import feature_layout
+from h2t.images.preprocessing import prepare
 from pipelines.backbone_actor import FeatureReader, load, preprocessing_of
 from pipelines.cli import shipped_recipes
 from pipelines.cluster import connect
 from pipelines.extract import FeatureWriter, missing_shards
-from pipelines.stream import ShardActor, stream_shards
+from pipelines.feature_files import write_features
+from pipelines.recipe import load_config
+from pipelines.run_directory import RunDirectory
+from pipelines.shard_stream import ShardActor, stream_shards
+from pipelines.task_data import TaskData, open_tasks
 
 
-def plain_loop(works: list[TaskWork], run: RunDirectory, threads: int) -> float:
+def plain_loop(works: list[TaskData], run: RunDirectory, threads: int) -> float:
     """Images per second of one process that does everything itself; the model is loaded beforehand."""
     config = works[0].config
     reader = FeatureReader(config, config.grid.target_size)
@@ -46,7 +46,7 @@ def plain_loop(works: list[TaskWork], run: RunDirectory, threads: int) -> float:
     return count / (time.perf_counter() - started)
 
 
-def through_ray(works: list[TaskWork], run: RunDirectory, actors: int) -> tuple[float, float]:
+def through_ray(works: list[TaskData], run: RunDirectory, actors: int) -> tuple[float, float]:
     """Images per second through Ray Data: with and without the start of the actors."""
     config = works[0].config
     cluster = connect()

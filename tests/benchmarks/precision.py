@@ -11,19 +11,20 @@ from argparse import ArgumentParser
 import numpy as np
 from tabulate import tabulate
 
-from h2t.adapter import extract_features
-from h2t.backbones import load_backbone
+from h2t.backbones.loading import load_backbone
+from h2t.backbones.tap_reader import feature_layout
+from h2t.extraction import extract_features
 from h2t.features import FeatureLayout
-from h2t.images import open_source
-from h2t.methods import Head, Settings, fit, predict
+from h2t.head2toe import Head, fit, predict
+from h2t.hyperparameters import Hyperparameters
+from h2t.images.formats import open_source
 from h2t.metrics import accuracy
-from h2t.taps import feature_layout
 from h2t.tasks import demo_task
 
 TARGET_SIZE = 512
 SETTINGS = [
-    Settings("linear", TARGET_SIZE, 0.01, 500),
-    *(Settings("head2toe", TARGET_SIZE, 0.01, 500, 1e-5, fraction) for fraction in (0.01, 0.1)),
+    Hyperparameters("linear", TARGET_SIZE, 0.01, 500),
+    *(Hyperparameters("head2toe", TARGET_SIZE, 0.01, 500, 1e-5, fraction) for fraction in (0.01, 0.1)),
 ]
 
 

@@ -22,15 +22,15 @@ from PIL import Image
 from rich.console import Console
 from tabulate import tabulate
 
-from h2t.config import Config
-from h2t.feature_files import write_features
 from h2t.features import FeatureLayout
-from h2t.heads import Precision
-from h2t.recipe import parse_config
-from h2t.store import RunDirectory
-from h2t.work import TaskWork, open_tasks
+from h2t.heads.spec import Precision
 from pipelines.cluster import Cluster, connect
+from pipelines.config import Config
+from pipelines.feature_files import write_features
+from pipelines.recipe import parse_config
+from pipelines.run_directory import RunDirectory
 from pipelines.sweep import sweep
+from pipelines.task_data import TaskData, open_tasks
 from tests.benchmarks.heads import (
     COEFFICIENTS,
     FRACTIONS,
@@ -70,7 +70,7 @@ def recipe(folder: Path, shorter: int, dtype: Precision) -> Config:
     return parse_config({**data, "resources": {"concurrent_trials": 1}}, "sweep")
 
 
-def write_made_up_features(work: TaskWork, run: RunDirectory) -> None:
+def write_made_up_features(work: TaskData, run: RunDirectory) -> None:
     """The feature files that the extraction would have left."""
     widths = [N_FEATURES // N_TAPS] * (N_TAPS - 1)
     names = (*(f"tap{number}" for number in range(N_TAPS - 1)), "pre_logits")

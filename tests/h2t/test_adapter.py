@@ -6,12 +6,14 @@ import pytest
 from PIL import Image as PillowImage
 from safetensors.numpy import load, save
 
-from h2t.adapter import Adapter, extract_features, load_head, save_head
-from h2t.backbones import load_backbone
+from h2t.adapter import Adapter, load_head, save_head
+from h2t.backbones.loading import load_backbone
+from h2t.backbones.tap_reader import feature_layout
 from h2t.errors import UserError
+from h2t.extraction import extract_features
 from h2t.features import FeatureLayout
-from h2t.methods import Head, Settings, fit, predict
-from h2t.taps import feature_layout
+from h2t.head2toe import Head, fit, predict
+from h2t.hyperparameters import Hyperparameters
 
 SIZE, TARGET = 48, 32
 CONFIG = {"name": "test_resnet", "weights": "random", "image_size": SIZE, "normalization": "minus_one_to_one"}
@@ -35,7 +37,7 @@ def images():
 @pytest.fixture(scope="module")
 def head(backbone, images):
     features = extract_features(backbone, images, TARGET)
-    settings = [Settings("head2toe", TARGET, 0.1, 20, 1e-4, 0.1)]
+    settings = [Hyperparameters("head2toe", TARGET, 0.1, 20, 1e-4, 0.1)]
     layout = feature_layout(backbone, TARGET)
     labels = np.arange(len(images)) % 2
     return next(fit(features, labels, layout, settings, n_classes=2, embedding="pre_logits"))
@@ -53,7 +55,13 @@ def random_head(n_kept=5, n_classes=3):
     kept = np.sort(random.choice(16, n_kept, replace=False))
     weight = random.normal(size=(n_classes, n_kept)).astype(np.float32).T  # not contiguous, as heads come
     return Head(
-        Settings("head2toe", 64, 0.01, 500, 1e-5, 0.3), 2, kept, layout, weight, np.zeros(3, np.float32), 0.25
+        Hyperparameters("head2toe", 64, 0.01, 500, 1e-5, 0.3),
+        2,
+        kept,
+        layout,
+        weight,
+        np.zeros(3, np.float32),
+        0.25,
     )
 
 

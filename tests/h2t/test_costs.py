@@ -52,7 +52,7 @@ def test_bytes_by_hand():
 
 
 def test_measured_operations_are_those_of_the_layers():
-    from h2t.backbones import load_backbone
+    from h2t.backbones.loading import load_backbone
 
     backbone = load_backbone("test_resnet", weights="random", image_size=64)
     measured = costs.measure_backbone(backbone)

@@ -6,11 +6,12 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from h2t.adapter import Adapter
-from h2t.backbones import load_backbone
+from h2t.backbones.loading import load_backbone
 from h2t.errors import UserError
 from h2t.estimator import Head2ToeClassifier
 from h2t.features import FeatureLayout
-from h2t.methods import Settings, fit, predict
+from h2t.head2toe import fit, predict
+from h2t.hyperparameters import Hyperparameters
 
 LAYOUT = FeatureLayout(("upper", "lower"), (32, 32))
 
@@ -47,7 +48,7 @@ def test_it_is_the_method_and_nothing_else(digits):
     classifier.fit(X, names[y])
     random = np.random.RandomState(3)
     order, seed = random.permutation(len(y)), random.randint(2**31 - 1)
-    settings = [Settings("all_l1", 512, 0.1, 50, 1e-5, 0.1)]
+    settings = [Hyperparameters("all_l1", 512, 0.1, 50, 1e-5, 0.1)]
     head = next(fit(X[order], y[order], LAYOUT, settings, n_classes=10, embedding="upper", seeds=[seed]))
     np.testing.assert_array_equal(classifier.head_.weight, head.weight)
     np.testing.assert_array_equal(classifier.predict(X), names[predict(head, X).argmax(1)])

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from h2t.backbones import Backbone, load_backbone
-from h2t.config import FinetuneConfig
+from h2t.backbones.loading import Backbone, load_backbone
+from h2t.backbones.tap_reader import TapReader, feature_layout
 from h2t.errors import UserError
 from h2t.features import select
 from h2t.finetuning import (
@@ -25,8 +25,8 @@ from h2t.finetuning import (
     save_model,
     train,
 )
-from h2t.images import Preprocessing, to_batch
-from h2t.taps import TapReader, feature_layout
+from h2t.images.preprocessing import Preprocessing, to_batch
+from pipelines.config import FinetuneConfig
 
 LABELS = np.arange(24) % 2
 PREPROCESSING = Preprocessing(32)

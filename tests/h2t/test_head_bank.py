@@ -2,8 +2,8 @@ import numpy as np
 import torch
 
 from h2t.features import FeatureLayout
-from h2t.head_bank import HeadBank
-from h2t.methods import Head, Settings, predict
+from h2t.head2toe import Head, HeadBank, predict
+from h2t.hyperparameters import Hyperparameters
 
 LAYOUT = FeatureLayout(("a", "b", "c"), (5, 1, 7))
 WIDER = FeatureLayout(("a", "b", "c"), (10, 1, 14))
@@ -14,7 +14,7 @@ def made_up_head(
 ) -> Head:
     generator = np.random.default_rng(seed)
     weight = generator.standard_normal((len(kept), n_classes), np.float32)
-    settings = Settings("head2toe", target_size, 0.1, 5)
+    settings = Hyperparameters("head2toe", target_size, 0.1, 5)
     bias = generator.standard_normal(n_classes).astype(np.float32)
     return Head(settings, seed, np.array(kept, np.int64), layout, weight, bias, 0.0)
 

@@ -17,11 +17,11 @@ from rich.console import Console
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
-from h2t.config import Config
-from h2t.recipe import parse_config
-from h2t.store import RunDirectory
 from pipelines.cluster import Cluster, connect
+from pipelines.config import Config
+from pipelines.recipe import parse_config
 from pipelines.run import STAGES, run_stages
+from pipelines.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="session")

@@ -14,24 +14,17 @@ from rich.console import Console
 from safetensors.torch import load, save_file
 
 from h2t import paper
-from h2t.backbones import load_backbone
-from h2t.config import Config
+from h2t.backbones.loading import load_backbone
 from h2t.costs import BackboneCost
 from h2t.errors import UserError
 from h2t.methods import METHODS
-from h2t.store import RunDirectory
 from h2t.tasks import VTAB_1K
-from h2t.work import TaskWork, open_tasks
 from pipelines.cluster import Cluster
+from pipelines.config import Config
 from pipelines.evaluate import evaluate
 from pipelines.extract import extract, read_manifest
 from pipelines.finetune import _run_piece, finetune, run_missing
-from pipelines.report.comparisons import affinity_table, cost_table
-from pipelines.report.page import build_report
-from pipelines.run import run_stages
-from pipelines.sweep import sweep
-from pipelines.trained_selection import read_trained_selected, write_trained_selected
-from pipelines.trained_trials import (
+from pipelines.finetune_trial import (
     TrainedTrial,
     checkpoint_file,
     run_trial,
@@ -39,6 +32,13 @@ from pipelines.trained_trials import (
     trained_trial,
     training_fingerprint,
 )
+from pipelines.report.comparisons import affinity_table, cost_table
+from pipelines.report.page import build_report
+from pipelines.run import run_stages
+from pipelines.run_directory import RunDirectory
+from pipelines.sweep import sweep
+from pipelines.task_data import TaskData, open_tasks
+from pipelines.trained_selection import read_trained_selected, write_trained_selected
 from tests.pipelines.conftest import kill_workers, output, small_config
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -189,7 +189,7 @@ def test_what_is_lost_is_trained_again_to_the_same_rows(
 
 def one_trial(
     config: Config, steps: int = 4, rate: float = 0.1, fold: int | None = 0
-) -> tuple[TaskWork, TrainedTrial]:
+) -> tuple[TaskData, TrainedTrial]:
     (work,) = open_tasks(config)
     settings = replace(trained_search_space(config, "finetune", None)[0], learning_rate=rate, steps=steps)
     return work, trained_trial(work, settings, 0, fold, None)

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from h2t.config import Config
-from h2t.store import RunDirectory
+from pipelines.config import Config
 from pipelines.run import STAGES, run_stages
+from pipelines.run_directory import RunDirectory
 from tests.pipelines.conftest import kill_workers, small_config
 from tests.pipelines.test_pipeline import digests, result_rows
 

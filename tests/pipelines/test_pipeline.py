@@ -10,13 +10,13 @@ import pyarrow.dataset
 import pytest
 from rich.console import Console
 
-from h2t.config import Config
 from h2t.errors import UserError
-from h2t.store import RunDirectory
-from h2t.work import open_tasks
 from pipelines.cluster import Cluster, backbone_actors, trial_resources
+from pipelines.config import Config
 from pipelines.run import STAGES, run_stages
-from pipelines.stream import process_shards
+from pipelines.run_directory import RunDirectory
+from pipelines.shard_stream import process_shards
+from pipelines.task_data import open_tasks
 from tests.pipelines.conftest import output, small_config
 
 pytestmark = pytest.mark.usefixtures("cluster")

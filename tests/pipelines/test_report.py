@@ -13,7 +13,6 @@ from rich.console import Console
 from h2t import paper
 from h2t.costs import PAPER_RESNET50, BackboneCost
 from h2t.methods import METHODS
-from h2t.store import RunDirectory
 from h2t.tasks import VTAB_1K, find_task
 from pipelines.report import figures
 from pipelines.report.comparisons import affinity_table, correlations, cost_table, gains, paper_table
@@ -27,6 +26,7 @@ from pipelines.report.tables import (
     problem_table,
 )
 from pipelines.report.terminal import print_table
+from pipelines.run_directory import RunDirectory
 
 LEVELS = {"linear": 0.0, "all_l2": 0.06, "all_l1": 0.075, "all_l21": 0.08, "head2toe": 0.1, "scratch": -0.12,
           "finetune": 0.07, "head2toe_ft": 0.05, "head2toe_ft_plus": 0.11}  # fmt: skip

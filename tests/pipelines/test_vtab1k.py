@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from h2t.recipe import load_config
-from h2t.store import RunDirectory
 from h2t.tasks import VTAB_1K, Task
 from pipelines.cluster import Cluster
+from pipelines.recipe import load_config
 from pipelines.run import STAGES, run_stages
+from pipelines.run_directory import RunDirectory
 from tests.pipelines.conftest import output
 
 pytestmark = pytest.mark.usefixtures("cluster")

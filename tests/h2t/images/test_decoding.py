@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from h2t.images import BadImage, EncodedImage, decode
-from h2t.images.encoding import describe_encoding
+from h2t.images.lossy import describe_encoding
+from h2t.images.preprocessing import decode
+from h2t.images.source import BadImage, EncodedImage
 from h2t.tasks import find_task
 
 

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from h2t.errors import UserError
-from h2t.images import SourceUnavailable, check_rows, class_names, decode, open_source
 from h2t.images.folder import open_folder
+from h2t.images.formats import class_names, open_source
+from h2t.images.preprocessing import decode
+from h2t.images.source import SourceUnavailable, check_rows
 from h2t.tasks import Task
 
 TASK = Task("birds", "Birds", "other", 0, n_train=0)

@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from h2t.errors import UserError
-from h2t.images import BadImage, SourceUnavailable, check_rows, decode, open_source
+from h2t.images.formats import open_source
+from h2t.images.preprocessing import decode
+from h2t.images.source import BadImage, SourceUnavailable, check_rows
 from h2t.tasks import Task, find_task
 
 FLOWERS = Task("flowers_at_home", "Flowers", "other", 0, n_train=0)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from h2t.images import EncodedImage, Preprocessing, prepare, to_batch
+from h2t.images.preprocessing import Preprocessing, prepare, to_batch
+from h2t.images.source import EncodedImage
 
 
 def grey(rows):

@@ -13,8 +13,10 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from h2t.errors import UserError
-from h2t.images import SourceUnavailable, check_rows, decode, open_source
-from h2t.images.tfds import RECIPES, prepare_task
+from h2t.images.formats import open_source
+from h2t.images.prepare_vtab import RECIPES, prepare_task
+from h2t.images.preprocessing import decode
+from h2t.images.source import SourceUnavailable, check_rows
 from h2t.tasks import find_task
 
 TASK = find_task("eurosat")

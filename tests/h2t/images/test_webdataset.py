@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from h2t.errors import UserError
-from h2t.images import SourceUnavailable, check_rows, decode, open_source
+from h2t.images.formats import open_source
+from h2t.images.preprocessing import decode
+from h2t.images.source import SourceUnavailable, check_rows
 from h2t.tasks import Task, find_task
 
 TASK = Task("dmlab_at_home", "DMLab", "other", 3, n_train=0)

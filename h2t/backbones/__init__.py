@@ -1,0 +1,1 @@
+"""Frozen networks of timm, their taps, and the pooled features that are read there."""

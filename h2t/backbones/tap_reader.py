@@ -1,0 +1,196 @@
+"""Reads activations during one forward pass, pooling each inside its hook so that they never add up."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from h2t.backbones.loading import Backbone
+from h2t.backbones.pooling import CLASS_TOKEN_TREATMENTS, ClassToken, falls_back, pool_to_all, pooled_size
+from h2t.backbones.tap import Tap
+from h2t.errors import UserError, unknown
+from h2t.features import FeatureLayout
+
+Collect = Callable[[int, Tensor], None]
+
+
+class TapReader:
+    """Reads the pooled features of every tap in one forward pass; its hooks stay until it is closed.
+
+    Use it as a context manager, or call `close`. With ``gradients`` the features carry them back to the
+    images and to the weights that require them; without, they are inference tensors.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        target_sizes: Sequence[int],
+        cls_token: ClassToken = "normal",
+        *,
+        gradients: bool = False,
+    ) -> None:
+        _check(backbone, target_sizes, cls_token)
+        self.backbone = backbone
+        self.target_sizes = tuple(target_sizes)
+        self.cls_token = cls_token
+        self.gradients = gradients
+        self._found: dict[int, dict[int, Tensor]] = {}
+        self._hooks = _Hooks(backbone, self._collect)
+
+    def __call__(self, images: Tensor) -> dict[int, list[Tensor]]:
+        """Features of images float [b, 3, S, S]: per target size, one float32 [b, width] per tap in order."""
+        parameter = next(self.backbone.model.parameters())
+        batch = images.to(parameter.device, parameter.dtype).contiguous(memory_format=torch.channels_last)
+        self._found.clear()
+        self._hooks.start()
+        with torch.set_grad_enabled(self.gradients), torch.inference_mode(not self.gradients):
+            self.backbone.model(batch)
+        found = [self._found.pop(index) for index in range(len(self.backbone.taps))]
+        return {size: [pooled[size] for pooled in found] for size in self.target_sizes}
+
+    def _collect(self, index: int, activation: Tensor) -> None:
+        if self.gradients:
+            # Later layers may overwrite an activation that the backward pass of the pooling still needs.
+            activation = activation.clone()
+        self._found[index] = pool_to_all(activation, self.target_sizes, self.cls_token)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self._hooks.remove()
+
+    def __enter__(self) -> "TapReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class TapRow:
+    """What is to be known of a tap before anything runs; ``features``: how many at each target size."""
+
+    tap: str
+    module: str
+    shape: tuple[int, ...]
+    features: dict[int, int]
+
+
+def describe(
+    backbone: Backbone, target_sizes: Sequence[int], cls_token: ClassToken = "normal"
+) -> list[TapRow]:
+    """The taps of a backbone in network order, with shapes and numbers of features."""
+    _check(backbone, target_sizes, cls_token)
+    shapes = tap_shapes(backbone)
+    return [
+        TapRow(
+            tap.name,
+            tap.module if tap.point == "output" else f"{tap.module} (input)".strip(),
+            shapes[tap.name],
+            {size: pooled_size(shapes[tap.name], size, cls_token) for size in target_sizes},
+        )
+        for tap in backbone.taps
+    ]
+
+
+def tap_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
+    """The shape of one image's activation at each tap, in network order: (c, h, w), (t, c) or (c,)."""
+    shapes: dict[int, tuple[int, ...]] = {}
+    hooks = _Hooks(backbone, lambda index, activation: shapes.update({index: tuple(activation.shape[1:])}))
+    parameter = next(backbone.model.parameters())
+    size = backbone.image_size
+    try:
+        hooks.start()
+        with torch.inference_mode():
+            backbone.model(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        hooks.remove()
+    return {tap.name: shapes[index] for index, tap in enumerate(backbone.taps)}
+
+
+def feature_layout(backbone: Backbone, target_size: int, cls_token: ClassToken = "normal") -> FeatureLayout:
+    """Which columns of a feature matrix come from which tap.
+
+    Warns where a tap is too small for the target, so that the official rule takes the mean of all its
+    positions.
+    """
+    _check(backbone, [target_size], cls_token)
+    shapes = tap_shapes(backbone)
+    small = [name for name, shape in shapes.items() if falls_back(shape, target_size)]
+    if small:
+        warnings.warn(
+            f"{backbone.name} at target size {target_size}: {len(small)} of {len(shapes)} taps are too small "
+            "for a pooling window and give the mean over all positions, as in the official code: "
+            f"{', '.join(small)}",
+            stacklevel=2,
+        )
+    widths = tuple(pooled_size(shape, target_size, cls_token) for shape in shapes.values())
+    return FeatureLayout(tuple(shapes), widths)
+
+
+class _Hooks:
+    """Hands the activation of every tap, by the tap's index, to ``collect`` during a forward pass."""
+
+    def __init__(self, backbone: Backbone, collect: Collect) -> None:
+        self._collect = collect
+        self._model = backbone.model
+        self._calls: dict[tuple[str, str], int] = {}
+        places: dict[tuple[str, str], list[tuple[int, Tap]]] = {}
+        for index, tap in enumerate(backbone.taps):
+            places.setdefault((tap.module, tap.point), []).append((index, tap))
+        self._handles = [self._install(place, taps) for place, taps in places.items()]
+
+    def start(self) -> None:
+        """Count calls of modules from the beginning of a forward pass."""
+        self._calls.clear()
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _install(self, place: tuple[str, str], taps: list[tuple[int, Tap]]) -> RemovableHandle:
+        name, point = place
+        module = self._model.get_submodule(name)
+        if point == "input":
+            return module.register_forward_pre_hook(lambda module, given: self._see(place, taps, given[0]))
+        return module.register_forward_hook(lambda module, given, returned: self._see(place, taps, returned))
+
+    def _see(self, place: tuple[str, str], taps: list[tuple[int, Tap]], activation: Tensor) -> None:
+        call = self._calls[place] = self._calls.get(place, -1) + 1
+        for index, tap in taps:
+            if tap.call == call:
+                self._collect(index, _arranged(activation, tap, self._model))
+
+
+def _arranged(activation: Tensor, tap: Tap, model: nn.Module) -> Tensor:
+    """The activation of a tap as [b, c, h, w], [b, t, c] or [b, c]."""
+    if tap.form == "map_channels_last":
+        return activation.permute(0, 3, 1, 2)
+    if tap.form == "first_token":
+        return activation[:, 0]
+    if tap.form == "vector":
+        return activation.flatten(1)
+    if tap.prepend:
+        first = model.get_parameter(tap.prepend).expand(activation.shape[0], -1, -1)
+        return torch.cat([first, activation], dim=1)
+    return activation
+
+
+def _check(backbone: Backbone, target_sizes: Sequence[int], cls_token: str) -> None:
+    for size in target_sizes:
+        if size < 1:
+            raise UserError(f"target size {size}: expected a whole number from 1")
+    if cls_token not in CLASS_TOKEN_TREATMENTS:
+        raise unknown("treatment of the class token", cls_token, CLASS_TOKEN_TREATMENTS)
+    # The first token of such a model is a corner of the image.
+    if cls_token != "normal" and not any(
+        "cls_token" in name for name, _ in backbone.model.named_parameters()
+    ):
+        raise UserError(
+            f"{backbone.name} has no class token: expected the treatment 'normal', got '{cls_token}'"
+        )

@@ -1,0 +1,1 @@
+"""Trains many linear heads at once."""

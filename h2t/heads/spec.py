@@ -1,0 +1,25 @@
+"""How a linear head is trained, without the libraries that train it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Regularizer = Literal["l1", "l2", "l21"]
+
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """How one head is trained: by Adam with a cosine decay to zero, with a regularizer on its weights.
+
+    ``steps`` counts mini-batches. ``coefficient`` weighs the sum of absolute weights (``l1``), of squared
+    weights (``l2``) or of the norms of the features' rows (``l21``, Section 3.2). ``seed`` draws the first
+    weights.
+    """
+
+    learning_rate: float
+    steps: int
+    regularizer: Regularizer | None = None
+    coefficient: float = 0.0
+    seed: int = 0

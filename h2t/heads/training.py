@@ -1,0 +1,212 @@
+"""Trains many linear heads at once, of any mix of rates, steps, regularizers and seeds."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from h2t.errors import UserError, unknown
+from h2t.heads.blocks import Group, HeadStack
+from h2t.heads.spec import HeadSpec, Precision, Regularizer
+from h2t.heads.trainer import Batches, HeadTrainer
+
+__all__ = ["HeadSpec", "HeadStack", "checked", "train_groups", "train_heads", "train_stacks"]
+
+Array = Tensor | np.ndarray
+
+
+def train_heads(
+    features: Array,
+    labels: Array,
+    specs: Sequence[HeadSpec],
+    *,
+    n_classes: int,
+    batch_size: int = 128,
+    initial_weight: Array | None = None,
+    initial_bias: Array | None = None,
+    device: str | torch.device | None = None,
+    dtype: Precision = "float32",
+    memory_budget: int | None = None,
+) -> HeadStack:
+    """Train one linear head per spec; rates, steps, regularizers and seeds mix freely.
+
+    ``features`` float32 [n_samples, n_features], shared by all heads, or [n_heads, n_samples, n_features],
+    one matrix per head; never written. ``labels`` integer [n_samples]. Rows are used in the order given, in
+    batches of ``batch_size``, over and over; a shorter last batch counts in proportion to its length.
+    ``initial_weight`` [n_features, n_classes] and ``initial_bias`` [n_classes], or one per head, default to
+    Glorot-uniform by the spec's seed and to zero.
+
+    ``dtype`` is the precision of the matrix products ("tf32" rounds on a GPU alone); weights stay float32.
+    ``memory_budget`` in bytes bounds the weights and moments on the device: heads take turns, and a head that
+    is too large alone has them in a temporary file (beside an accelerator: in main memory), of which one
+    block at a time is worked on.
+
+    Raises UserError for specs, shapes, labels or features that cannot be used, before any work.
+    """
+    stacks = train_stacks(
+        features, labels, specs, n_classes=n_classes, batch_size=batch_size, initial_weight=initial_weight,
+        initial_bias=initial_bias, device=device, dtype=dtype, memory_budget=memory_budget,
+    )  # fmt: skip
+    return _in_order(list(stacks), n_classes)
+
+
+def train_stacks(
+    features: Array,
+    labels: Array,
+    specs: Sequence[HeadSpec],
+    *,
+    n_classes: int,
+    batch_size: int = 128,
+    initial_weight: Array | None = None,
+    initial_bias: Array | None = None,
+    device: str | torch.device | None = None,
+    dtype: Precision = "float32",
+    memory_budget: int | None = None,
+) -> Iterator[tuple[list[int], HeadStack]]:
+    """As :func:`train_heads`, but yields (positions in ``specs``, their heads) as they are done."""
+    rows, targets = checked(features, labels, n_classes)
+    _check_specs(specs, rows)
+    device = torch.device(device or "cpu")
+    head_bytes = 3 * 4 * rows.shape[-1] * n_classes
+    at_once = len(specs) if memory_budget is None else max(1, memory_budget // head_bytes)
+    offload = memory_budget is not None and head_bytes > memory_budget
+    batches = Batches(targets.to(device), n_classes, batch_size)
+    rows = _for_products(rows, device, dtype)
+    for heads in _stacks(specs, at_once):
+        group = Group(
+            rows if rows.ndim == 2 else rows[heads],
+            [specs[head] for head in heads],
+            _of_heads(initial_weight, heads, 2),
+            _of_heads(initial_bias, heads, 1),
+        )
+        # No name for the trainer: its weights and squares are given back before the next one starts.
+        with _tf32(dtype == "tf32"):
+            (stack,) = HeadTrainer(batches, [group], offload=offload).train()
+        yield heads, stack
+
+
+def train_groups(
+    groups: Sequence[tuple[Array, Sequence[HeadSpec]]],
+    labels: Array,
+    *,
+    n_classes: int,
+    batch_size: int = 128,
+    device: str | torch.device | None = None,
+    dtype: Precision = "float32",
+) -> list[HeadStack]:
+    """Train groups of heads side by side, each as :func:`train_heads` would train it.
+
+    Each group is (features, specs) as in :func:`train_heads`, its specs ordered by regularizer. Many small
+    heads take little longer than one then, whose time goes into starting operations.
+
+    Raises UserError as :func:`train_heads` does, and for specs of different numbers of steps.
+    """
+    steps = sorted({spec.steps for _, specs in groups for spec in specs})
+    if len(steps) != 1:
+        raise UserError(f"expected groups of equal steps, got {', '.join(map(str, steps)) or 'none'}")
+    device = torch.device(device or "cpu")
+    made = []
+    for features, specs in groups:
+        rows, targets = checked(features, labels, n_classes)
+        _check_specs(specs, rows)
+        made.append(Group(_for_products(rows, device, dtype), specs))
+    with _tf32(dtype == "tf32"):
+        return HeadTrainer(Batches(targets.to(device), n_classes, batch_size), made).train()
+
+
+def _for_products(rows: Tensor, device: torch.device, dtype: Precision) -> Tensor:
+    return rows.to(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Whether products on a GPU may round float32 to TF32; a setting of the whole process."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def checked(features: Array, labels: Array, n_classes: int) -> tuple[Tensor, Tensor]:
+    """Features as float32 and labels as int64 tensors, without a copy where possible.
+
+    Raises UserError for shapes that do not fit, an empty split, NaN or infinite features and labels out of
+    range.
+    """
+    rows, targets = _tensor(features), _tensor(labels)
+    if rows.ndim not in (2, 3) or targets.shape != rows.shape[-2:-1]:
+        raise UserError(
+            "expected features [n_samples, n_features] and labels [n_samples], got "
+            f"{list(rows.shape)} and {list(targets.shape)}"
+        )
+    if not rows.numel():
+        raise UserError(f"expected at least one row and one feature, got features {list(rows.shape)}")
+    if targets.is_floating_point():
+        raise UserError(f"expected integer labels, got {targets.dtype}")
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= n_classes:
+        raise UserError(f"expected labels in 0..{n_classes - 1} (n_classes={n_classes}), got {low}..{high}")
+    for index in range(rows.shape[-2]):
+        if not torch.isfinite(rows[..., index, :]).all():
+            raise UserError(f"expected finite features, got NaN or infinity in row {index}")
+    return rows.float(), targets.long()
+
+
+def _tensor(values: Array) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    with warnings.catch_warnings():  # a read-only array stays as it is: nothing here writes to it
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.asarray(values))
+
+
+def _check_specs(specs: Sequence[HeadSpec], rows: Tensor) -> None:
+    for spec in specs:
+        if spec.regularizer is not None and spec.regularizer not in get_args(Regularizer):
+            raise unknown("regularizer", spec.regularizer, get_args(Regularizer))
+        if not (spec.learning_rate > 0 and spec.steps >= 1 and spec.coefficient >= 0):
+            raise UserError(f"expected learning_rate > 0, steps >= 1 and coefficient >= 0, got {spec}")
+    if not specs or (rows.ndim == 3 and len(rows) != len(specs)):
+        raise UserError(
+            f"expected one spec per feature matrix, got {len(specs)} for features {list(rows.shape)}"
+        )
+
+
+def _stacks(specs: Sequence[HeadSpec], at_once: int) -> Iterator[list[int]]:
+    """Positions of heads to train together: of the same number of steps, ordered by regularizer."""
+    for steps in sorted({spec.steps for spec in specs}):
+        heads = [head for head, spec in enumerate(specs) if spec.steps == steps]
+        heads.sort(key=lambda head: specs[head].regularizer or "")
+        yield from (heads[first : first + at_once] for first in range(0, len(heads), at_once))
+
+
+def _of_heads(values: Array | None, heads: list[int], ndim: int) -> Tensor | None:
+    """The given starting values of some heads, [n_heads, ...]."""
+    if values is None:
+        return None
+    values = _tensor(values)
+    return values[heads] if values.ndim > ndim else values.expand(len(heads), *values.shape)
+
+
+def _in_order(stacks: list[tuple[list[int], HeadStack]], n_classes: int) -> HeadStack:
+    """One stack of all heads, in the order of their specs."""
+    order = [head for heads, _ in stacks for head in heads]
+    if order == sorted(order) and len(stacks) == 1:
+        return stacks[0][1]
+    first = stacks[0][1].weight
+    weight = first.new_empty(len(order), n_classes, first.shape[1]).transpose(1, 2)
+    whole = HeadStack(weight, first.new_empty(len(order), n_classes), first.new_empty(len(order)))
+    while stacks:  # each stack's memory is given back once it is copied
+        heads, stack = stacks.pop()
+        whole.weight[heads], whole.bias[heads], whole.train_loss[heads] = (
+            stack.weight,
+            stack.bias,
+            stack.train_loss,
+        )
+    return whole

@@ -1,0 +1,72 @@
+"""From the name of a format to the images of a task."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from h2t.errors import UserError, unknown
+from h2t.images.demo import open_bundled
+from h2t.images.folder import FolderSource, open_folder
+from h2t.images.parquet import open_parquet
+from h2t.images.source import ImageSource
+from h2t.images.subset import ArrangedSource, arrange
+from h2t.images.vtab_archive import open_vtab1k
+from h2t.images.webdataset import open_webdataset
+from h2t.tasks import Task
+
+SOURCES: dict[str, Callable[..., ImageSource]] = {
+    "bundled": open_bundled,
+    "vtab1k": open_vtab1k,
+    "parquet": open_parquet,
+    "folder": open_folder,
+    "webdataset": open_webdataset,
+}
+"""By the name of the format. Beyond task and root, the keyword arguments are the format's options."""
+
+# Folders come sorted by class, which consecutive folds cannot use.
+_SHUFFLED = {"folder": 0}
+
+
+def open_source(format: str, task: Task, root: str | None, options: dict[str, Any]) -> ImageSource:
+    """The images of a task.
+
+    Args:
+        format: a key of ``SOURCES``.
+        task: known or a user's own.
+        root: path or URI (``s3://``, ``gs://``); none for ``bundled``.
+        options: of the format (see its function), and of every format ``shuffle``, ``n_train`` and ``n_test``
+            (see :func:`h2t.images.subset.arrange`).
+
+    Raises:
+        UserError: an unknown format or option, or an option of the wrong type.
+        SourceUnavailable: the images are not here; the message says how to get them.
+    """
+    if format not in SOURCES:
+        raise unknown("image format", format, SOURCES)
+    stated = {"shuffle": _SHUFFLED.get(format), **options}
+    own, common = _options(SOURCES[format]), _options(arrange)
+    for name, value in options.items():
+        _check_option(format, name, value, own | common)
+    source = SOURCES[format](task, root, **{name: value for name, value in stated.items() if name in own})
+    return arrange(source, **{name: value for name, value in stated.items() if name in common})
+
+
+def class_names(source: ImageSource) -> tuple[str, ...]:
+    """Names of the classes in label order, where the source has them (folders do); else none."""
+    inner = source.source if isinstance(source, ArrangedSource) else source
+    return inner.class_names() if isinstance(inner, FolderSource) else ()
+
+
+def _options(function: Callable[..., Any]) -> dict[str, Any]:
+    """Types of the keyword-only arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name: each.annotation for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def _check_option(format: str, name: str, value: Any, known: dict[str, Any]) -> None:
+    if name not in known:
+        raise unknown(f"option of {format} images", name, known)
+    expected = known[name] | int if known[name] is float else known[name]
+    if isinstance(value, bool) or not isinstance(value, expected):
+        wanted = getattr(expected, "__name__", expected)
+        raise UserError(f"option '{name}' of {format} images: expected {wanted}, got {value!r}")

@@ -1,0 +1,327 @@
+"""The validated configuration of a run, and fingerprints of its parts."""
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from h2t.errors import UserError, unknown
+from h2t.heads.spec import Precision
+from h2t.hyperparameters import Hyperparameters
+from h2t.methods import METHODS, search_space
+from h2t.tasks import DEMO, Group, Task, demo_task, find_task
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]  # what Parquet and every library here take
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+Value = TypeVar("Value")
+
+
+def _distinct(values: list[Value]) -> list[Value]:
+    """A repeated seed would count as one more seed, a repeated value of a grid would be computed twice."""
+    repeated = [value for place, value in enumerate(values) if value in values[:place]]
+    if repeated:
+        raise ValueError(f"expected every value once, got {repeated[0]} twice")
+    return values
+
+
+Values = Annotated[list[Value], Field(min_length=1), AfterValidator(_distinct)]
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise ValueError(f"the name becomes a folder: letters, digits, '_', '-' and '.' only, got '{name}'")
+    return name
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class BackboneConfig(_Section):
+    """Which frozen network is read, where its weights come from, and how images reach it."""
+
+    name: str
+    weights: str = "auto"
+    sha256: str | None = None
+    image_size: Annotated[int, Field(ge=1, le=8192)] | None = None
+    taps: str = "auto"
+    cls_token: Literal["normal", "only_cls", "nopool_cls"] = "normal"
+    resize: Literal["bilinear", "bicubic"] = "bilinear"
+    normalization: Literal["backbone", "minus_one_to_one", "imagenet"] = "backbone"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class ImagesConfig(_Section):
+    """Where the images of the tasks come from."""
+
+    format: Literal["bundled", "vtab1k", "parquet", "folder", "webdataset"] = "bundled"
+    root: str | None = None
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _root_where_needed(self) -> "ImagesConfig":
+        if self.format != "bundled" and not self.root:
+            raise ValueError(f"images in the format '{self.format}' need a root (a folder or a URI)")
+        if self.format == "bundled" and self.root:
+            raise ValueError(
+                f"with a root ('{self.root}') expected the format vtab1k, parquet, folder or webdataset, "
+                "got 'bundled'"
+            )
+        return self
+
+
+class TaskConfig(_Section):
+    """A task: a known name, or a user's own with its group, classes and images."""
+
+    name: str
+    title: str | None = None
+    group: Group | None = None
+    n_classes: Annotated[int, Field(ge=2)] | None = None
+    images: ImagesConfig | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _usable_in_a_path(cls, name: str) -> str:
+        return find_task(name).name if _known(name) else _folder_name(name)
+
+
+class Grid(_Section):
+    """The values the cross-validation tries (Appendix A)."""
+
+    target_size: Values[Count] = [512, 8192, 24576]
+    learning_rate: Values[Positive] = [0.1, 0.01]
+    steps: Values[Count] = [500, 5000]
+    coefficient: Values[Positive] = [0.001, 0.0001, 0.00001]
+    head2toe_coefficient: Values[Positive] = [0.001, 0.00001]
+    keep_fraction: Values[Fraction] = [
+        0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1,
+    ]  # fmt: skip
+
+
+class CrossValidation(_Section):
+    """How images are cut into folds, and which: the training images, or ``images`` where given.
+
+    ``blocks`` is the paper's scheme: the first 1000 images of the original training set, in order, which are
+    not quite the 1000 that the final heads are trained on. ``archive`` is what VTAB's 800 + 200 images allow.
+    ``shuffled`` mixes the training images by the run's seed first.
+    """
+
+    n_folds: Annotated[int, Field(ge=2)] = 5
+    scheme: Literal["blocks", "archive", "shuffled"] = "blocks"
+    images: ImagesConfig | None = None
+
+    @model_validator(mode="after")
+    def _folds_of_the_archive(self) -> "CrossValidation":
+        if self.scheme == "archive" and self.n_folds != 5:
+            raise ValueError(f"n_folds: expected 5, which the scheme 'archive' has, got {self.n_folds}")
+        return self
+
+
+class Resources(_Section):
+    """How the work is cut and what each piece may use; null means derived from the cluster."""
+
+    actors: Count | None = None
+    gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
+    cpus_per_actor: Count = 1
+    gpus_per_trial: Annotated[float, Field(ge=0)] | None = None
+    cpus_per_trial: Count = 1
+    concurrent_trials: Count | None = None
+    settings_per_trial: Count | None = None
+    memory_per_trial_gb: Positive = 8.0
+    shard_size: Count = 250
+    batch_size: Count = 50
+    feature_compression: Literal["none", "zstd"] = "none"
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    no_progress_timeout_s: Annotated[float, Field(ge=10)] = 120.0
+
+
+class FinetuneConfig(_Section):
+    """How the methods that train the backbone do it; ``h2t.finetuning`` says where the defaults come from.
+
+    ``batch_norm`` "frozen" normalises by the pretrained statistics in training too. ``folds`` of the
+    cross-validation are used (null: all; 0: none, for a single rate and number of steps). ``seeds``: null
+    is the recipe's.
+    """
+
+    learning_rate: Values[Positive] = [0.1, 0.01]
+    steps: Values[Count] = [500, 5000]
+    batch_size: Count = 128
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    batch_norm: Literal["batch", "frozen"] = "batch"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_accumulation: Count = 1
+    gradient_checkpointing: bool = False
+    checkpoint_every: Count = 250
+    workers_per_trial: Count = 1
+    folds: Annotated[int, Field(ge=0)] | None = None
+    seeds: Values[Seed] | None = None
+
+    @model_validator(mode="after")
+    def _something_chooses(self) -> "FinetuneConfig":
+        if self.folds == 0 and len(self.learning_rate) * len(self.steps) > 1:
+            raise ValueError("folds: 0 leaves nothing to choose by; give one learning_rate and one steps")
+        return self
+
+
+class Config(_Section):
+    """Everything that determines a run's results, and how its work is spread."""
+
+    name: str
+    backbone: BackboneConfig
+    tasks: Annotated[list[TaskConfig], Field(min_length=1)]
+    images: ImagesConfig = ImagesConfig()
+    methods: Values[str] = ["linear", "all_l2", "all_l1", "all_l21", "head2toe"]
+    grid: Grid = Grid()
+    cross_validation: CrossValidation = CrossValidation()
+    finetune: FinetuneConfig = FinetuneConfig()
+    seed: Seed = 0
+    seeds: Values[Seed] = [0, 1, 2]
+    batch_size: Count = 128
+    head_dtype: Precision = "float32"
+    on_bad_image: Literal["refuse", "skip"] = "refuse"
+    resources: Resources = Resources()
+
+    @field_validator("name")
+    @classmethod
+    def _usable_in_a_path(cls, name: str) -> str:
+        return _folder_name(name)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _names_are_tasks(cls, tasks: Any) -> Any:
+        if not isinstance(tasks, list):
+            return tasks
+        return [{"name": task} if isinstance(task, str) else task for task in tasks]
+
+    @field_validator("methods")
+    @classmethod
+    def _methods_exist(cls, methods: list[str]) -> list[str]:
+        for method in methods:
+            if method not in METHODS:
+                raise unknown("method", method, METHODS)
+        return methods
+
+    @model_validator(mode="after")
+    def _trained_methods_have_what_they_need(self) -> "Config":
+        pretrained = [m for m in self.methods if METHODS[m].trains_backbone and m != "scratch"]
+        if pretrained and self.backbone.weights == "random":
+            raise ValueError(
+                f"methods: {', '.join(pretrained)} start from pretrained weights, but backbone.weights is "
+                "'random'; give pretrained weights, or use the method 'scratch'"
+            )
+        for method, needed in (("head2toe_ft", "head2toe"), ("head2toe_ft_plus", "head2toe_ft")):
+            if method in self.methods and needed not in self.methods:
+                raise ValueError(f"methods: {method} builds on {needed}, which is not listed; add it")
+        if self.finetune.gradient_checkpointing and "head2toe_ft" in self.methods:
+            raise ValueError(
+                "finetune.gradient_checkpointing: head2toe_ft reads features inside the parts of the network "
+                "that would be computed twice; use finetune.gradient_accumulation instead"
+            )
+        if self.finetune.folds == 0 and "head2toe_ft_plus" in self.methods:
+            raise ValueError("methods: head2toe_ft_plus chooses by cross-validation, but finetune.folds is 0")
+        if not set(self.finetune.seeds or self.seeds) <= set(self.seeds):
+            raise ValueError(
+                f"finetune.seeds: expected some of seeds {self.seeds}, got {self.finetune.seeds}"
+            )
+        if (self.finetune.folds or 0) > self.cross_validation.n_folds:
+            raise ValueError(
+                f"finetune.folds: expected at most cross_validation.n_folds "
+                f"({self.cross_validation.n_folds}), got {self.finetune.folds}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        names = [task.name for task in self.tasks]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"tasks: {', '.join(repeated)} is listed twice")
+        for task in self.tasks:
+            try:
+                self.task(task.name)
+            except UserError as error:
+                raise ValueError(f"tasks: {error}") from None
+        folds = self.cross_validation
+        if folds.scheme == "blocks" and not folds.images and "vtab1k" in self._formats():
+            raise ValueError(
+                "cross_validation.scheme: 'blocks' cuts the first 1000 images of an original training set, "
+                "which an archive does not hold; expected archive, or their place as cross_validation.images"
+            )
+        return self
+
+    def _formats(self) -> set[str]:
+        return {self.task_images(task.name).format for task in self.tasks}
+
+    def task(self, name: str) -> Task:
+        """The task of that name: a known one with the recipe's own settings on top.
+
+        Raises UserError for a name that is neither known nor given its own images.
+        """
+        config = next(task for task in self.tasks if task.name == name)
+        if config.images is not None and not _known(name):
+            known = Task(name, name, "other", 0, n_train=0)
+        else:
+            known = find_task(name)
+            if self.task_images(name).format == "bundled":
+                if name not in [task.name for task in DEMO]:
+                    raise UserError(
+                        f"the images of {name} are in no package; expected where they are, such as "
+                        "images: {format: vtab1k, root: data/vtab-1k}"
+                    )
+                known = demo_task(name)
+        return replace(
+            known,
+            title=config.title or known.title,
+            group=config.group or known.group,
+            n_classes=config.n_classes or known.n_classes,
+        )
+
+    def task_images(self, name: str) -> ImagesConfig:
+        """Where the images of a task come from: its own setting, or the recipe's."""
+        return next(task for task in self.tasks if task.name == name).images or self.images
+
+    def search_space(self, method: str) -> list[Hyperparameters]:
+        """The points of the search space of one method on frozen features."""
+        head2toe = METHODS[method].features == "selected"
+        return search_space(
+            method,
+            target_sizes=self.grid.target_size,
+            learning_rates=self.grid.learning_rate,
+            steps=self.grid.steps,
+            coefficients=self.grid.head2toe_coefficient if head2toe else self.grid.coefficient,
+            keep_fractions=self.grid.keep_fraction,
+        )
+
+
+def _known(name: str) -> bool:
+    try:
+        find_task(name)
+    except UserError:
+        return False
+    return True
+
+
+def fingerprint(*parts: Any) -> str:
+    """Twelve hexadecimal digits that change with any of the parts (plain JSON values)."""
+    text = json.dumps(parts, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return value.__dict__

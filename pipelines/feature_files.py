@@ -1,0 +1,170 @@
+"""Features on disk: one row per image, one plain fixed-size list of float32 per tap.
+
+The columns are declared without nulls, which makes writing 1.1 and reading 1.6 times as fast. They are not
+compressed unless asked for: zstd 1 over split bytes saves a third and halves the speed of writing.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from h2t.errors import UserError
+from h2t.features import FeatureLayout
+from pipelines.run_directory import RunDirectory
+
+KEYS = ("index", "label")
+Compression = Literal["none", "zstd"]
+
+
+def feature_schema(layout: FeatureLayout) -> pa.Schema:
+    """The columns of a feature file: index and label int32, and a list of float32 per tap; no nulls."""
+    keys = [pa.field(name, pa.int32(), nullable=False) for name in KEYS]
+    value = pa.field("element", pa.float32(), nullable=False)
+    taps = [
+        pa.field(name, pa.list_(value, width), nullable=False)
+        for name, width in zip(layout.taps, layout.widths, strict=True)
+    ]
+    return pa.schema([*keys, *taps])
+
+
+def feature_table(
+    index: np.ndarray, labels: np.ndarray, taps: Sequence[torch.Tensor], layout: FeatureLayout
+) -> pa.Table:
+    """Rows as a table; ``taps`` are float32 [n, width] in the order of ``layout``."""
+    schema = feature_schema(layout)
+    columns = [pa.array(index, pa.int32()), pa.array(labels, pa.int32())]
+    for values, field in zip(taps, list(schema)[len(KEYS) :], strict=True):
+        flat = pa.array(values.cpu().contiguous().numpy().reshape(-1))
+        columns.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def parquet_options(layout: FeatureLayout, compression: Compression = "none") -> dict[str, Any]:
+    """How feature tables are encoded."""
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    if compression == "zstd":
+        split = [f"{name}.list.element" for name in layout.taps]
+        options |= {"compression": "zstd", "compression_level": 1, "use_byte_stream_split": split}
+    return options
+
+
+def write_features(
+    run: RunDirectory,
+    names: Mapping[int, str],
+    layouts: Mapping[int, FeatureLayout],
+    index: np.ndarray,
+    labels: np.ndarray,
+    batches: Iterable[Mapping[int, Sequence[torch.Tensor]]],
+    compression: Compression = "none",
+) -> None:
+    """Write one feature file per target size, each whole or not at all.
+
+    ``names`` and ``layouts``: by target size; ``index``, ``labels`` integer [n]: of all rows; ``batches``:
+    the features of consecutive rows, per target size one float32 [b, width] per tap. A batch becomes a row
+    group and is written by a thread while the next one is computed, so memory holds two batches.
+    """
+    with ExitStack() as files, ThreadPoolExecutor(1) as thread:
+        writers = {}
+        for size, name in names.items():
+            sink, options = (
+                files.enter_context(run.writing(name)),
+                parquet_options(layouts[size], compression),
+            )
+            writers[size] = files.enter_context(
+                pq.ParquetWriter(sink, feature_schema(layouts[size]), **options)
+            )
+        start, pending = 0, Future[None]()
+        pending.set_result(None)
+        for batch in batches:
+            stop = start + len(next(iter(batch.values()))[0])
+            tables = {
+                size: feature_table(index[start:stop], labels[start:stop], batch[size], layouts[size])
+                for size in names
+            }
+            pending.result()
+            pending = thread.submit(_write_row_groups, writers, tables)
+            start = stop
+        pending.result()
+
+
+def _write_row_groups(writers: Mapping[int, pq.ParquetWriter], tables: Mapping[int, pa.Table]) -> None:
+    for size, table in tables.items():
+        writers[size].write_table(table)
+
+
+@dataclass(frozen=True)
+class FeatureMatrix:
+    """Features of one task and target size: ``values`` float32 [n, n_features], rows by index.
+
+    ``index`` int32 [n] is the row in the source, ``labels`` int32 [n].
+    """
+
+    values: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+    layout: FeatureLayout
+
+
+def read_features(
+    run: RunDirectory, names: Sequence[str], taps: Sequence[str] | None = None
+) -> FeatureMatrix:
+    """Read feature files to one matrix, rows sorted by index; only the columns of ``taps`` where given.
+
+    Raises UserError without a file, for a tap that is not there, and for files of different taps.
+    """
+    if not names:
+        raise UserError("expected at least one feature file, got none")
+    with ExitStack() as opened:
+        files = [opened.enter_context(run.open_table(name)) for name in names]
+        whole = _layout(files[0].schema_arrow)
+        for name, file in zip(names, files, strict=True):
+            if (found := _layout(file.schema_arrow)) != whole:
+                raise UserError(f"{name}: expected taps {whole}, found {found}")
+        layout = whole if taps is None else whole.subset(taps)
+        keys = [file.read(list(KEYS)) for file in files]
+        index = np.concatenate([part["index"].to_numpy() for part in keys])
+        labels = np.concatenate([part["label"].to_numpy() for part in keys])
+        order = np.argsort(index, kind="stable")
+        position = np.argsort(order)
+        values = np.empty((len(index), layout.n_features), np.float32)
+        start = 0
+        for table in _row_groups(files, layout.taps):
+            for tap, span in zip(layout.taps, layout.slices, strict=True):
+                _fill(values[:, span], table[tap], position[start : start + len(table)])
+            start += len(table)
+    return FeatureMatrix(values, labels[order], index[order], layout)
+
+
+def _row_groups(files: Sequence[pq.ParquetFile], taps: Sequence[str]) -> Iterator[pa.Table]:
+    """One row group at a time: memory for a whole file would take longer to get than to fill."""
+    for file in files:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, list(taps))
+
+
+def _fill(target: np.ndarray, column: pa.ChunkedArray, position: np.ndarray) -> None:
+    """Copy the rows of a column to the rows ``position`` of ``target``."""
+    start = 0
+    for chunk in column.chunks:
+        rows = chunk.flatten().to_numpy().reshape(len(chunk), -1)
+        where = position[start : start + len(chunk)]
+        straight = len(where) and where[-1] - where[0] + 1 == len(where) and bool((np.diff(where) == 1).all())
+        target[slice(where[0], where[-1] + 1) if straight else where] = rows
+        start += len(chunk)
+
+
+def _layout(schema: pa.Schema) -> FeatureLayout:
+    taps = [field for field in schema if field.name not in KEYS]
+    for field in taps:
+        if not pa.types.is_fixed_size_list(field.type):
+            raise UserError(
+                f"feature column '{field.name}' has type {field.type}; expected fixed_size_list<float>"
+            )
+    return FeatureLayout(tuple(f.name for f in taps), tuple(f.type.list_size for f in taps))

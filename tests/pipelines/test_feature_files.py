@@ -1,0 +1,82 @@
+"""Feature files: what is written in batches and shards comes back as one matrix, sorted by index."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from h2t.errors import UserError
+from h2t.features import FeatureLayout
+from pipelines.feature_files import Compression, read_features, write_features
+from pipelines.run_directory import RunDirectory
+
+LAYOUT = FeatureLayout(("a", "a.b", "c"), (3, 1, 4))  # the names of modules nest
+
+
+def write(
+    run: RunDirectory,
+    name: str,
+    index: np.ndarray,
+    matrix: np.ndarray,
+    layout: FeatureLayout = LAYOUT,
+    compression: Compression = "none",
+) -> None:
+    batches = [
+        {16: [torch.from_numpy(np.ascontiguousarray(matrix[rows][:, span])) for span in layout.slices]}
+        for rows in np.array_split(index, 3)
+    ]
+    write_features(run, {16: name}, {16: layout}, index, index % 5, batches, compression)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_rows_come_back_sorted_whatever_their_order(tmp_path: Path, compression: Compression) -> None:
+    run, generator = RunDirectory(str(tmp_path)), np.random.default_rng(0)
+    matrix = generator.standard_normal((20, LAYOUT.n_features)).astype(np.float32)
+    shuffled = generator.permutation(20)
+    parts = {"sorted": np.arange(20), "mixed": shuffled}
+    for name, index in parts.items():
+        for number, rows in enumerate(np.array_split(index, 2)):
+            write(run, f"{name}-{number}.parquet", rows, matrix, compression=compression)
+        read = read_features(run, [f"{name}-0.parquet", f"{name}-1.parquet"])
+        np.testing.assert_array_equal(read.values, matrix)
+        np.testing.assert_array_equal(read.index, np.arange(20))
+        np.testing.assert_array_equal(read.labels, np.arange(20) % 5)
+        assert read.layout == LAYOUT
+    some = read_features(run, ["mixed-0.parquet", "mixed-1.parquet"], ["a", "c"])
+    np.testing.assert_array_equal(some.values, matrix[:, [0, 1, 2, 4, 5, 6, 7]])
+
+
+def test_a_batch_is_a_row_group_and_no_column_has_nulls(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path))
+    write(run, "f.parquet", np.arange(7), np.ones((7, LAYOUT.n_features), np.float32))
+    file = pq.ParquetFile(tmp_path / "f.parquet")
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [3, 2, 2]
+    assert not any(field.nullable for field in file.schema_arrow)
+
+
+def test_a_failure_while_writing_leaves_no_file(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path))
+
+    def batches() -> Iterator[dict[int, list[torch.Tensor]]]:
+        yield {16: [torch.ones(2, width) for width in LAYOUT.widths]}
+        raise RuntimeError("the backbone failed")
+
+    with pytest.raises(RuntimeError, match="the backbone failed"):
+        write_features(run, {16: "f.parquet"}, {16: LAYOUT}, np.arange(4), np.arange(4), batches())
+    assert run.names("", recursive=True) == []
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path))
+    write(run, "f.parquet", np.arange(3), np.ones((3, LAYOUT.n_features), np.float32))
+    other = FeatureLayout(("a", "b"), (3, 5))
+    write(run, "g.parquet", np.arange(3), np.ones((3, other.n_features), np.float32), other)
+    with pytest.raises(UserError, match=r"g\.parquet: expected taps"):
+        read_features(run, ["f.parquet", "g.parquet"])
+    with pytest.raises(UserError, match="at least one feature file"):
+        read_features(run, [])
+    with pytest.raises(UserError, match=r"unknown tap 'a\.c': did you mean a\.b"):
+        read_features(run, ["f.parquet"], ["a.c"])

@@ -1,0 +1,117 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pandas as pd
+import pyarrow.dataset
+import pytest
+from moto.server import ThreadedMotoServer
+
+from h2t.errors import UserError
+from pipelines.run_directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """A real server that speaks the S3 protocol, on loopback."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="runs")
+        yield f"{host}:{port}"
+        server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> RunDirectory:
+    if request.param == "local":
+        return RunDirectory(str(tmp_path))
+    endpoint = request.getfixturevalue("s3")
+    return RunDirectory(
+        f"s3://runs/{tmp_path.name}?endpoint_override={endpoint}&scheme=http&allow_bucket_creation=true"
+    )
+
+
+def test_files_come_back_as_written(run: RunDirectory) -> None:
+    frame = pd.DataFrame({"a": [1, 2], "b": ["x", "y"]})
+    run.write("deep/er/bytes.bin", b"abc")
+    run.write_json("value.json", {"k": [1, 2]})
+    run.write_frame("t/one.parquet", frame)
+    run.write_frame("t/two.parquet", frame)
+    assert run.read("deep/er/bytes.bin") == b"abc"
+    assert run.read_json("value.json") == {"k": [1, 2]}
+    assert len(run.read_frame(run.names("t"))) == 4
+    assert run.names("t") == ["t/one.parquet", "t/two.parquet"]
+    assert run.exists("value.json")
+    assert not run.exists("t")
+    assert run.names("nothing") == []
+
+
+def test_frames_under_folders_named_after_their_columns_are_one_data_set(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path))
+    for task in ("first", "second"):
+        run.write_frame(f"results/task={task}/a.parquet", pd.DataFrame({"task": [task], "accuracy": [0.5]}))
+    rows = pyarrow.dataset.dataset(str(tmp_path / "results"), partitioning="hive").to_table().to_pandas()
+    assert sorted(rows["task"]) == ["first", "second"]
+
+
+def test_asking_whether_it_can_be_written_leaves_nothing_behind(run: RunDirectory, tmp_path: Path) -> None:
+    run.require_writable()
+    assert run.names("") == []
+    RunDirectory(str(tmp_path / "new" / "run")).require_writable()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="can't write to the run directory"):
+        RunDirectory(str(tmp_path / place)).require_writable()
+
+
+def test_a_bucket_that_is_not_there_is_one_message(s3: str) -> None:
+    for address in (f"s3://nothing/run?endpoint_override={s3}&scheme=http", "s3://"):
+        with pytest.raises(UserError, match="can't write to the run directory"):
+            RunDirectory(address).require_writable()
+
+
+def test_a_file_whose_writing_fails_never_appears(run: RunDirectory) -> None:
+    def write_half(name: str) -> None:
+        with run.writing(name) as sink:
+            sink.write(b"half")
+            raise KeyboardInterrupt
+
+    run.write("folder/old", b"old")
+    for name in ("folder/new", "folder/old"):
+        with pytest.raises(KeyboardInterrupt):
+            write_half(name)
+    assert run.names("folder") == ["folder/old"]
+    assert run.read("folder/old") == b"old"
+
+
+def test_reconcile_sets_aside_what_is_not_expected_and_brings_it_back(run: RunDirectory) -> None:
+    run.write("trials/a-1", b"1")
+    run.write("trials/_manifest.json", b"{}")
+    assert run.reconcile("trials", ["trials/a-2", "trials/b-2"]) == (["trials/a-2", "trials/b-2"], 1)
+    assert run.names("trials") == ["trials/_manifest.json"]
+    run.write("trials/a-2", b"2")
+    assert run.reconcile("trials", ["trials/a-1"]) == ([], 1)
+    assert run.read("trials/a-1") == b"1"
+    assert run.read("superseded/trials/a-2") == b"2"
+
+
+def test_reconcile_deletes_the_temporary_files_of_a_killed_writer(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path))
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / ".tmp-1234-part").write_bytes(b"half")
+    assert run.reconcile("t", ["t/part"]) == (["t/part"], 0)
+    assert list((tmp_path / "t").iterdir()) == []
+
+
+def test_an_address_that_is_none() -> None:
+    with pytest.raises(UserError, match="expected a local path or a URI"):
+        RunDirectory("ftpx://somewhere/run")
