@@ -1,14 +1,15 @@
 """The saved result of adapting to a task: a head, what it kept, and enough to predict new images with it.
 
 A head is one safetensors file: tensors ``kept``, ``weight`` and ``bias``, and a single metadata entry of JSON
-that holds the rest. Equal heads give equal bytes.
+that holds the rest. Equal heads give equal bytes. A fine-tuned model is what ``finetuning.save_model`` gives.
 """
 
 import json
 import os
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,14 +22,15 @@ from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import feature_layout
 from h2t.errors import UserError
-from h2t.extraction import extract_features, preprocessing_for
+from h2t.extraction import extract_features, prepared_batches, preprocessing_for
 from h2t.features import FeatureLayout
-from h2t.head2toe import Head, predict
+from h2t.finetuning import MODEL, FinetuneOptions, TrainableModel, load_model, predict_logits, read_metadata
+from h2t.head2toe import Head, logits
 from h2t.hyperparameters import Hyperparameters
 from h2t.images.preprocessing import Preprocessing
 from h2t.images.source import Image
 
-FORMAT = "head2toe-head-1"
+FORMAT = "head2toe-head-2"
 ENTRY = "head"
 
 
@@ -57,7 +59,7 @@ def save_head(
         raise UserError(f"save_head: {n_classes} classes are named, but the head has {head.weight.shape[1]}")
     content = {
         "format": FORMAT,
-        "settings": asdict(head.settings),
+        "hyperparameters": asdict(head.hyperparameters),
         "seed": head.seed,
         "train_loss": head.train_loss,
         "taps": list(head.layout.taps),
@@ -80,109 +82,141 @@ def save_head(
 
 def load_head(source: bytes | BinaryIO | str | Path) -> tuple[Head, dict[str, str]]:
     """Read a head and its provenance. Raises UserError on anything that is not a whole, consistent head."""
-    head, content = _read(source)
+    name, data = _read(source)
+    with _naming(name, "head"):
+        head, content = _head(data)
     return head, content["provenance"]
 
 
 class Adapter:
-    """A frozen backbone with a head on it: images in, classes out.
+    """A backbone with a head on it: images in, classes out.
 
+    ``head``: a trained head on the frozen backbone, or the fine-tuned model, which has one of its own.
     ``classes``: names in the order of the labels; numbers if not given.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        head: Head,
+        head: Head | TrainableModel,
         *,
         classes: Sequence[str] | None = None,
         preprocessing: Preprocessing | None = None,
         cls_token: ClassToken = "normal",
     ) -> None:
-        layout = feature_layout(backbone, head.settings.target_size, cls_token)
-        if layout != head.layout:
-            raise UserError(
-                f"the head was trained on other features than {backbone.name} gives: expected "
-                f"{head.layout.n_features} of {len(head.layout.taps)} taps, got {layout.n_features} of "
-                f"{len(layout.taps)}; check image size, taps and class token"
-            )
+        if isinstance(head, Head):
+            _check_layout(backbone, head, cls_token)
+        n_classes = head.weight.shape[1] if isinstance(head, Head) else head.head.out_features
         self.backbone, self.head, self.cls_token = backbone, head, cls_token
         self.preprocessing = preprocessing or preprocessing_for(backbone)
-        self.classes = np.arange(head.weight.shape[1]) if classes is None else np.asarray(classes)
+        self.classes = np.arange(n_classes) if classes is None else np.asarray(classes)
 
     @classmethod
     def load(cls, source: bytes | BinaryIO | str | Path, device: str = "cpu") -> "Adapter":
-        """An adapter from a saved head, with the backbone that its provenance names."""
-        head, content = _read(source)
-        settings = _backbone_settings(content["provenance"])
-        names = ("name", "weights", "image_size", "taps", "dtype", "sha256")
-        given = {name: settings[name] for name in names if settings.get(name) is not None}
-        backbone = load_backbone(**given, device=device)
-        return cls(
-            backbone,
-            head,
-            classes=None if isinstance(content["classes"], int) else content["classes"],
-            preprocessing=preprocessing_for(
-                backbone, settings.get("resize", "bilinear"), settings.get("normalization", "backbone")
-            ),
-            cls_token=settings.get("cls_token", "normal"),
+        """An adapter from a saved head, with the backbone that it names, or from a saved fine-tuned model.
+
+        Raises UserError for any other file, and for one that does not name its backbone.
+        """
+        name, data = _read(source)
+        with _naming(name, "head or model"):
+            metadata = read_metadata(data)
+            if MODEL in metadata:
+                return cls._of_model(data, metadata[MODEL], device)
+            head, content = _head(data)
+        section = _backbone_section(content["provenance"])
+        backbone = _backbone(section, device)
+        return cls(backbone, head, **_settings(backbone, section, content))
+
+    @classmethod
+    def _of_model(cls, data: bytes, described: dict[str, Any], device: str) -> "Adapter":
+        section, options = (
+            _backbone_section(described["content"]),
+            FinetuneOptions(precision=described["precision"]),
         )
+        # Weights, which are trained in float32, are in the file.
+        backbone = _backbone(section | {"weights": "random", "sha256": None, "precision": "float32"}, device)
+        settings = _settings(backbone, section, described["content"])
+        model, _ = load_model(data, backbone, options, settings["cls_token"])
+        return cls(backbone, model, **settings)
 
     def predict(self, images: Sequence[Image | str | Path], batch_size: int = 50) -> Prediction:
         """Classes and probabilities of images: encoded, files, or uint8 arrays [height, width, 3]."""
+        probabilities = softmax(self._logits(images, batch_size), axis=1)
+        return Prediction(self.classes[probabilities.argmax(1)], probabilities)
+
+    def _logits(self, images: Sequence[Image | str | Path], batch_size: int) -> np.ndarray:
+        preprocessing = self.preprocessing
+        if isinstance(self.head, TrainableModel):
+            batches = prepared_batches(images, preprocessing, batch_size)
+            return predict_logits(self.head, [*chain.from_iterable(batches)], preprocessing, batch_size)
         features = extract_features(
             self.backbone,
             images,
-            self.head.settings.target_size,
-            preprocessing=self.preprocessing,
+            self.head.hyperparameters.target_size,
+            preprocessing=preprocessing,
             cls_token=self.cls_token,
             batch_size=batch_size,
         )
-        probabilities = softmax(predict(self.head, features), axis=1)
-        return Prediction(self.classes[probabilities.argmax(1)], probabilities)
+        return logits(self.head, features)
 
 
-def _read(source: bytes | BinaryIO | str | Path) -> tuple[Head, dict[str, Any]]:
-    name = str(source) if isinstance(source, str | os.PathLike) else "head"
-    try:
-        data = _bytes(source)
-        tensors, content = load(data), _content(data)
-        head = Head(
-            Hyperparameters(**content["settings"]),
-            content["seed"],
-            tensors["kept"],
-            FeatureLayout(tuple(content["taps"]), tuple(content["widths"])),
-            tensors["weight"],
-            tensors["bias"],
-            content["train_loss"],
+def _check_layout(backbone: Backbone, head: Head, cls_token: ClassToken) -> None:
+    layout = feature_layout(backbone, head.hyperparameters.target_size, cls_token)
+    if layout != head.layout:
+        raise UserError(
+            f"the head was trained on other features than {backbone.name} gives: expected "
+            f"{head.layout.n_features} of {len(head.layout.taps)} taps, got {layout.n_features} of "
+            f"{len(layout.taps)}; check image size, taps and class token"
         )
+
+
+def _read(source: bytes | BinaryIO | str | Path) -> tuple[str, bytes]:
+    """The name of a file, for messages, and its content."""
+    if isinstance(source, bytes):
+        return "the given bytes", source
+    if not isinstance(source, str | os.PathLike):
+        return "the given bytes", source.read()
+    try:
+        return f"'{source}'", Path(source).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read '{name}': {error.strerror}") from error
-    except (SafetensorError, KeyError, TypeError, ValueError, struct.error) as error:
-        raise UserError(f"'{name}' is not a head saved by this package, or is damaged: {error}") from error
-    problem = _inconsistency(head)
-    if problem:
-        raise UserError(f"'{name}' is not a consistent head: {problem}")
+        raise UserError(f"cannot read '{source}': {error.strerror}") from error
+
+
+@contextmanager
+def _naming(name: str, kind: str) -> Iterator[None]:
+    """Turn what a file raises that is foreign or damaged into a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{name} is not a {kind} saved by this package, or is damaged: {error}") from error
+
+
+def _head(data: bytes) -> tuple[Head, dict[str, Any]]:
+    """A head and the rest of its metadata. Raises ValueError, among others, where that is not what it is."""
+    tensors, metadata = load(data), read_metadata(data)
+    if ENTRY not in metadata:
+        raise ValueError(f"no entry '{ENTRY}' in its metadata")
+    content = metadata[ENTRY]
+    if content["format"] != FORMAT:
+        raise ValueError(f"expected format {FORMAT}, got {content['format']}")
+    head = Head(
+        Hyperparameters(**content["hyperparameters"]),
+        content["seed"],
+        tensors["kept"],
+        FeatureLayout(tuple(content["taps"]), tuple(content["widths"])),
+        tensors["weight"],
+        tensors["bias"],
+        content["train_loss"],
+    )
+    if problem := _inconsistency(head):
+        raise ValueError(problem)
     return head, content
 
 
-def _bytes(source: bytes | BinaryIO | str | Path) -> bytes:
-    if isinstance(source, bytes):
-        return source
-    return Path(source).read_bytes() if isinstance(source, str | os.PathLike) else source.read()
-
-
-def _content(data: bytes) -> dict[str, Any]:
-    """The metadata entry: the file's header is a little-endian uint64 length and as many bytes of JSON."""
-    (length,) = struct.unpack_from("<Q", data)
-    content = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][ENTRY])
-    if content["format"] != FORMAT:
-        raise ValueError(f"expected format {FORMAT}, got {content['format']}")
-    return content
-
-
 def _inconsistency(head: Head) -> str:
-    """What does not fit together in a head; nothing if all does."""
+    """The contradiction in a head; nothing if there is none."""
     kept, weight, bias = head.kept, head.weight, head.bias
     if kept.ndim != 1 or weight.ndim != 2 or len(kept) != len(weight) or bias.shape != weight.shape[1:]:
         return f"kept {kept.shape}, weight {weight.shape} and bias {bias.shape} do not match"
@@ -193,8 +227,26 @@ def _inconsistency(head: Head) -> str:
     return ""
 
 
-def _backbone_settings(provenance: dict[str, str]) -> dict[str, Any]:
-    if "backbone" not in provenance:
+def _backbone_section(content: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's section of that name; in the provenance of a head it is text."""
+    section = content.get("backbone")
+    if not section:
         raise UserError("the head does not say which backbone it belongs to; use Adapter(backbone, head)")
-    settings = provenance["backbone"]
-    return json.loads(settings) if settings.startswith("{") else {"name": settings}
+    if isinstance(section, str):
+        return json.loads(section) if section.startswith("{") else {"name": section}
+    return section
+
+
+def _backbone(section: dict[str, Any], device: str) -> Backbone:
+    names = ("name", "weights", "image_size", "taps", "precision", "sha256")
+    return load_backbone(**{name: section[name] for name in names if section.get(name)}, device=device)
+
+
+def _settings(backbone: Backbone, section: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of an adapter."""
+    resize, normalization = section.get("resize", "bilinear"), section.get("normalization", "backbone")
+    return {
+        "classes": content["classes"] if isinstance(content.get("classes"), list) else None,
+        "preprocessing": preprocessing_for(backbone, resize, normalization),
+        "cls_token": section.get("cls_token", "normal"),
+    }

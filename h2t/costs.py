@@ -7,12 +7,12 @@ Appendix B leaves its constants out. These reproduce every printed digit of Tabl
 - a step on a head of N features and C classes takes 4 N C operations an image: the forward product and the
   gradient with respect to the weights, as no gradient with respect to the features is needed;
 - a step of fine-tuning takes 3 (forward pass + 2 D C) operations an image, D the width of the embedding;
-- Table 3 counts the training over all features, neither the search for F nor the head over kept features;
+- Table 3 counts the training over all features, neither the search for F nor the head over kept features; we
+  count the latter where there is no training over all features;
 - weights are 4 bytes, a head is kept without its bias, the kept features are a bitmap of N bits, and a
   fine-tuned model is its backbone and a head on its embedding.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +49,6 @@ class HeadSize:
     n_classes: int
 
 
-# Table 3's ResNet-50 at 240 pixels. The table states neither figure; every printed digit comes out for
-# 6.9475e9 to 6.9477e9 operations and 23,481,497 to 23,481,567 parameters. A counter gives 9.607e9 operations
-# and 23,500,352 parameters for the same network, so our own reports use measured figures.
-PAPER_RESNET50 = BackboneCost(forward_flops=6_947_600_000, parameters=23_481_536, embedding_width=2048)
-
-
 def measure_backbone(backbone: Backbone) -> BackboneCost:
     """Operations of one forward pass of one image by PyTorch's counter, and the number of parameters."""
     weight = next(backbone.model.parameters())
@@ -84,11 +78,6 @@ def finetuning_flops(
     return 3 * (cost.forward_flops + 2 * n_features * n_classes) * batch_size * steps
 
 
-def search_factor(keep_fractions: Sequence[float]) -> float:
-    """How many times the cost of training over all features it takes to try several F (Appendix B)."""
-    return 1.0 + sum(keep_fractions)
-
-
 def training_flops(
     method: str,
     cost: BackboneCost,
@@ -101,43 +90,32 @@ def training_flops(
 ) -> int:
     """Operations of adapting to one task with chosen hyperparameters, in the accounting of Table 3.
 
-    For methods that select features and then train the backbone, ``steps`` are those of the scoring and
+    For methods that keep features and then train the backbone, ``steps`` are those of the scoring and
     ``finetuning_steps`` those of the second part (``steps`` if not given).
     """
-    spec = METHODS[method]
-    looked_at = cost.embedding_width if spec.features == "embedding" else head.n_features
-    frozen = features_flops(cost, n_images) + head_flops(looked_at, head.n_classes, steps, batch_size)
-    if not spec.trains_backbone:
+    definition = METHODS[method]
+    read = _features_read(definition, cost, head)
+    scored = head.n_features if definition.features == "kept" and definition.scored else read
+    frozen = features_flops(cost, n_images) + head_flops(scored, head.n_classes, steps, batch_size)
+    if not definition.trains_backbone:
         return frozen
-    read = head.n_kept if spec.features == "selected" else cost.embedding_width
     training = finetuning_flops(cost, read, head.n_classes, finetuning_steps or steps, batch_size)
-    return training + (frozen if spec.features == "selected" else 0)
+    return training + (frozen if definition.features == "kept" else 0)
 
 
 def storage_bytes(method: str, cost: BackboneCost, head: HeadSize) -> int:
     """Bytes to keep for one task: the head, a bitmap of kept features, and a backbone that was trained."""
-    spec = METHODS[method]
-    weights = _stored_features(spec, cost, head) * head.n_classes
-    weights += cost.parameters if spec.trains_backbone else 0
-    bitmap = -(-head.n_features // 8) if spec.features == "selected" else 0
+    definition = METHODS[method]
+    weights = _features_read(definition, cost, head) * head.n_classes
+    weights += cost.parameters if definition.trains_backbone else 0
+    bitmap = -(-head.n_features // 8) if definition.features == "kept" else 0
     return BYTES_PER_WEIGHT * weights + bitmap
 
 
-def _stored_features(method: Method, cost: BackboneCost, head: HeadSize) -> int:
-    if method.features == "selected":
-        return head.n_kept
-    return head.n_features if method.features == "all" else cost.embedding_width
-
-
-def relative_cost(cost: BackboneCost, head: HeadSize, steps: int) -> tuple[float, float, float]:
-    """A row of Table 3: Head2Toe's operations and bytes relative to fine-tuning's, bytes to linear's."""
-    flops = training_flops("head2toe", cost, head, steps)
-    stored = storage_bytes("head2toe", cost, head)
-    return (
-        flops / finetuning_flops(cost, cost.embedding_width, head.n_classes, steps),
-        stored / storage_bytes("finetune", cost, head),
-        stored / storage_bytes("linear", cost, head),
-    )
+def _features_read(method: Method, cost: BackboneCost, head: HeadSize) -> int:
+    """The number of features that the final head reads."""
+    widths = {"embedding": cost.embedding_width, "all": head.n_features, "kept": head.n_kept}
+    return widths[method.features]
 
 
 def _parameters(model: torch.nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: what was expected, what came, and the nearest valid choice."""
+"""Errors caused by user input, with what was expected and the closest valid name."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -12,10 +12,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from h2t.backbones.loading import Backbone
 from h2t.backbones.tap_reader import feature_layout
-from h2t.errors import UserError, unknown
+from h2t.errors import UserError
 from h2t.extraction import extract_features
-from h2t.features import FeatureLayout
-from h2t.head2toe import fit, predict
+from h2t.features import FeatureLayout, default_embedding
+from h2t.head2toe import fit, logits
 from h2t.hyperparameters import Hyperparameters
 
 
@@ -25,14 +25,14 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
     Without a ``backbone``, X is float [n_samples, n_features], the raw features of all taps side by side, and
     ``layout`` says which columns belong to which tap (one tap of all columns if not given). With a
     ``backbone``, X is a sequence of images: encoded, files, or uint8 [height, width, 3]; to search over
-    hyperparameters, take ``h2t.adapter.extract_features`` once and give its features instead.
+    hyperparameters, take ``h2t.extraction.extract_features`` once and give its features instead.
 
-    ``method``: linear, all_l2, all_l1, all_l21 or head2toe. ``learning_rate``, ``steps``, ``coefficient``,
-    ``keep_fraction`` (F), ``target_size`` (T, used with a backbone) and ``batch_size`` are the paper's.
-    ``embedding`` names the tap that ``linear`` uses: ``pre_logits``, or the last, if not given. Rows are
-    shuffled once by ``random_state``, which also draws the first weights.
+    ``method``: any of ``h2t.methods.METHODS`` that leaves the backbone frozen. ``learning_rate``, ``steps``,
+    ``coefficient``, ``keep_fraction`` (F), ``target_size`` (T, used with a backbone) and ``batch_size`` are
+    the paper's. ``embedding`` names the tap that ``linear`` uses (default: ``pre_logits``, or the last). Rows
+    are shuffled once by ``random_state``, which also draws the first weights.
 
-    After ``fit``: ``classes_``, ``head_`` (an ``h2t.methods.Head``), ``layout_``, ``n_features_in_``.
+    After ``fit``: ``classes_``, ``head_`` (an ``h2t.head2toe.Head``), ``layout_``, ``n_features_in_``.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any) -> "Head2ToeClassifier":
-        """Select features and train the head. Raises UserError on settings that cannot be met."""
+        """Keep features and train the head. Raises UserError for parameters that cannot be used."""
         features, y = self._checked(X, y)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
@@ -76,9 +76,9 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
             features[order],
             labels[order].astype(np.int64),
             self.layout_,
-            [self._settings()],
+            [self._hyperparameters()],
             n_classes=len(self.classes_),
-            embedding=self._embedding(self.layout_.taps),
+            embedding=default_embedding(self.layout_.taps) if self.embedding is None else self.embedding,
             seeds=[int(random.randint(2**31 - 1))],
             batch_size=self.batch_size,
         )
@@ -89,7 +89,7 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         features = self._features(X) if self.backbone is not None else X
         features = validate_data(self, features, reset=False, dtype=np.float32)
-        return softmax(predict(self.head_, features), axis=1)
+        return softmax(logits(self.head_, features), axis=1)
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable class of each row, [n_samples]."""
@@ -112,14 +112,7 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
             raise UserError(f"expected X with the layout's {layout.n_features} features, got {n_features}")
         return layout
 
-    def _embedding(self, taps: tuple[str, ...]) -> str:
-        if self.embedding is None:
-            return "pre_logits" if "pre_logits" in taps else taps[-1]
-        if self.embedding not in taps:
-            raise unknown("tap", self.embedding, taps)
-        return self.embedding
-
-    def _settings(self) -> Hyperparameters:
+    def _hyperparameters(self) -> Hyperparameters:
         return Hyperparameters(
             self.method,
             self.target_size,

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from h2t.errors import UserError, unknown
+from h2t.errors import UserError
 
 Matrix = TypeVar("Matrix", np.ndarray, torch.Tensor)
 
@@ -42,16 +42,15 @@ class FeatureLayout:
         """int64 [K], which tap each of the columns ``features`` int64 [K] belongs to."""
         return np.searchsorted(self.offsets, features, side="right") - 1
 
-    def subset(self, taps: Sequence[str]) -> "FeatureLayout":
-        """The layout of some taps alone, in network order whatever the order of ``taps``.
+    def of_kept(self, kept: np.ndarray) -> "FeatureLayout":
+        """The layout of the columns ``kept`` int64 [K] alone: the same taps, some perhaps of width 0."""
+        widths = np.bincount(self.tap_of(kept), minlength=len(self.taps))
+        return FeatureLayout(self.taps, tuple(widths.tolist()))
 
-        Raises UserError for a tap that is not there.
-        """
-        for name in taps:
-            if name not in self.taps:
-                raise unknown("tap", name, self.taps)
-        pairs = [(t, w) for t, w in zip(self.taps, self.widths, strict=True) if t in set(taps)]
-        return FeatureLayout(tuple(t for t, _ in pairs), tuple(w for _, w in pairs))
+
+def default_embedding(taps: Sequence[str]) -> str:
+    """The tap that methods on the embedding read, unless another is named: ``pre_logits``, or the last."""
+    return "pre_logits" if "pre_logits" in taps else taps[-1]
 
 
 def unit_norm(features: Matrix, layout: FeatureLayout, out: Matrix | None = None) -> Matrix:
@@ -67,18 +66,23 @@ def unit_norm(features: Matrix, layout: FeatureLayout, out: Matrix | None = None
     return out
 
 
-def select(features: Matrix, layout: FeatureLayout, kept: np.ndarray) -> Matrix:
+def keep_features(
+    features: Matrix, layout: FeatureLayout, kept: np.ndarray, rows: np.ndarray | None = None
+) -> Matrix:
     """The kept features, of unit norm per example and tap **over what is kept of the tap**.
 
-    ``features``: float [n, N], never written; ``kept``: int64 [K], ascending columns. Returns float [n, K].
+    ``features``: float [n, N], never written; ``kept``: int64 [K], ascending columns; ``rows``: int64 [m],
+    the examples (default: all, in order). Returns a new float [m, K].
     """
     _check_width(features, layout)
-    widths = np.bincount(layout.tap_of(kept), minlength=len(layout.taps))
-    if isinstance(features, np.ndarray):
-        chosen = features[:, kept]
+    index = kept if isinstance(features, np.ndarray) else torch.from_numpy(np.array(kept)).to(features.device)
+    if rows is None:
+        values = features[:, index]
+    elif len(kept) and kept[-1] - kept[0] + 1 == len(kept):  # consecutive: a slice is faster
+        values = features[rows, int(kept[0]) : int(kept[-1]) + 1]
     else:
-        chosen = features[:, torch.from_numpy(np.array(kept)).to(features.device)]
-    return unit_norm(chosen, FeatureLayout(layout.taps, tuple(widths.tolist())), out=chosen)
+        values = features[rows[:, None], index]
+    return unit_norm(values, layout.of_kept(kept), out=values)
 
 
 def _check_width(features: np.ndarray | torch.Tensor, layout: FeatureLayout) -> None:

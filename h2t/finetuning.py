@@ -1,9 +1,9 @@
-"""Trains a backbone together with a linear head: the methods that Head2Toe is compared with.
+"""Train a backbone together with a linear head: the methods that Head2Toe is compared with.
 
 ``scratch`` starts from random weights and ``finetune`` from pretrained ones, both with a head on the
 embedding; ``head2toe_ft`` (section 4, "Head2Toe-FT") starts from pretrained weights with a head on the
-features that Head2Toe selected, read through the taps, so that gradients reach the backbone from every tap
-that keeps a feature.
+features that Head2Toe kept, read through the taps, so that gradients reach the backbone from every tap with
+a kept feature.
 
 What comes from where:
 
@@ -26,9 +26,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,57 +43,81 @@ from h2t.backbones.tap_reader import TapReader, feature_layout
 from h2t.errors import UserError
 from h2t.features import FeatureLayout, unit_norm
 from h2t.images.preprocessing import Preprocessing, to_batch
-from pipelines.config import FinetuneConfig
 
 LOSSES_CHECKED_EVERY = 50  # reading a loss waits for a GPU
+MODEL = "model"  # the metadata entry of a saved model
+
+
+class OutOfMemory(UserError):
+    """A batch does not fit in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions:
+    """Options of a training; the module's text says where the defaults come from.
+
+    ``batch_norm`` "frozen" normalizes by the pretrained statistics in training too;
+    ``gradient_accumulation``: passes that a batch is computed in; ``checkpoint_every``: steps.
+    """
+
+    batch_size: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batch_norm: Literal["batch", "frozen"] = "batch"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = 250
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What a head reads: ``kept`` int64 [n_kept], ascending features of ``layout`` at ``target_size``."""
+class KeptFeatures:
+    """Input of a head: ``kept`` int64 [n_kept], ascending features of ``layout`` at ``target_size``."""
 
     kept: np.ndarray
     layout: FeatureLayout
     target_size: int
 
 
-def embedding_selection(backbone: Backbone, target_size: int = 1) -> Selection:
+def embedding_features(backbone: Backbone, target_size: int = 1) -> KeptFeatures:
     """All features of the embedding, which does not depend on the target size."""
     alone = replace(backbone, taps=tuple(tap for tap in backbone.taps if tap.name == backbone.embedding))
     layout = feature_layout(alone, target_size)
-    return Selection(np.arange(layout.n_features, dtype=np.int64), layout, target_size)
+    return KeptFeatures(np.arange(layout.n_features, dtype=np.int64), layout, target_size)
 
 
 class TrainableModel(nn.Module):
     """A backbone whose weights require gradients, the features it gives, and a linear head on them.
 
-    Only taps that keep a feature are read. ``seed`` draws the head.
+    Only taps with a kept feature are read. ``seed`` draws the head.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        selection: Selection,
+        features: KeptFeatures,
         n_classes: int,
         *,
-        options: FinetuneConfig,
+        options: FinetuneOptions,
         seed: int = 0,
         cls_token: ClassToken = "normal",
     ) -> None:
         super().__init__()
-        places = [np.flatnonzero(selection.layout.tap_of(selection.kept) == tap) for tap in _taps(selection)]
-        names = tuple(selection.layout.taps[tap] for tap in _taps(selection))
-        self.layout = FeatureLayout(names, tuple(len(place) for place in places))
-        self.target_size, self.options = selection.target_size, options
+        tap_of, layout = features.layout.tap_of(features.kept), features.layout
+        used = np.unique(tap_of)
+        kept = [features.kept[tap_of == tap] - layout.offsets[tap] for tap in used]
+        names = tuple(layout.taps[tap] for tap in used)
+        self.layout = FeatureLayout(names, tuple(len(columns) for columns in kept))
+        self.target_size, self.options = features.target_size, options
         weight = next(backbone.model.parameters())
-        self.kept = [
-            torch.from_numpy(selection.kept[place] - selection.layout.offsets[tap]).to(weight.device)
-            for tap, place in zip(_taps(selection), places, strict=True)
-        ]
+        self.kept = [torch.from_numpy(columns).to(weight.device) for columns in kept]
         taps = tuple(tap for tap in backbone.taps if tap.name in names)
         self.reader = TapReader(replace(backbone, taps=taps), [self.target_size], cls_token, gradients=True)
         self.backbone = backbone.model.requires_grad_(True)
-        self.head = _new_head(self.layout.n_features, n_classes, seed).to(weight.device)
+        self.head = nn.Linear(self.layout.n_features, n_classes)
+        nn.init.xavier_uniform_(self.head.weight, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.head.bias)
+        self.head.to(weight.device)
         if options.gradient_checkpointing:
             _checkpoint_gradients(backbone, names)
 
@@ -103,8 +127,8 @@ class TrainableModel(nn.Module):
         half = self.options.precision == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             taps = self.reader(images)[self.target_size]
-        chosen = torch.cat([tap[:, kept] for tap, kept in zip(taps, self.kept, strict=True)], 1)
-        return self.head(unit_norm(chosen.float(), self.layout))
+        kept = torch.cat([tap[:, columns] for tap, columns in zip(taps, self.kept, strict=True)], 1)
+        return self.head(unit_norm(kept.float(), self.layout))
 
     def train(self, mode: bool = True) -> "TrainableModel":
         """Training or evaluation mode; frozen batch norm keeps its pretrained statistics in both."""
@@ -118,7 +142,7 @@ class TrainableModel(nn.Module):
 
 @dataclass
 class Training:
-    """How a training went.
+    """The course of a training.
 
     ``losses`` float32 [steps done]: mean cross-entropy of each step's batch before its update, nats;
     ``seconds``: wall time of the steps, with those before the checkpoint that it went on from;
@@ -132,7 +156,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where a training keeps its state: ``save`` replaces what is there, ``load`` returns it or None."""
+    """Access to the saved state of a training: ``save`` replaces it, ``load`` returns it, or None."""
 
     load: Callable[[], bytes | None]
     save: Callable[[bytes], None]
@@ -151,14 +175,17 @@ def train(
 ) -> Training:
     """Train all weights of the model for ``steps`` steps, going on from a checkpoint where there is one.
 
-    ``images``: as ``h2t.images.prepare`` leaves them, uint8 [height, width, 3] each, used in the order given;
-    ``labels`` integer [n]. In a process group of torch.distributed every process is given all images and
-    takes its part of each batch; results are those of one process, but for batch norm on batch statistics,
-    which sees the part of a process (and, under gradient accumulation, of a pass) alone.
+    ``images``: as ``h2t.images.preprocessing.prepare`` leaves them, uint8 [height, width, 3] each, used in
+    the order given; ``labels`` integer [n]. In a process group of torch.distributed every process is given
+    all images and takes its part of each batch; results are those of one process, but for batch norm on batch
+    statistics, which sees the part of a process (and, under gradient accumulation, of a pass) alone.
 
-    Raises UserError where a batch has fewer images than there are parts, or does not fit in memory.
+    Raises UserError where a batch has fewer images than there are processes, OutOfMemory where it does not
+    fit in memory.
     """
     options = model.options
+    passes = f"gradient_accumulation {options.gradient_accumulation}"
+    too_large = f"a batch of {options.batch_size} images does not fit in memory ({passes})"
     batches = _Batches(images, labels, preprocessing, options)
     optimizer = torch.optim.SGD(
         model.parameters(), learning_rate, options.momentum, weight_decay=options.weight_decay
@@ -173,12 +200,13 @@ def train(
             checkpoints.save(_state(model, optimizer, losses, step, time.perf_counter() - started))
         optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
         torch.manual_seed(seed * 1_000_003 + step * batches.workers + batches.rank)
-        with memory_advice(_training_advice(options)):
+        with _out_of_memory(too_large):
             losses[step] = _step(runner, optimizer, batches, step)
         if (step + 1) % LOSSES_CHECKED_EVERY == 0 or step + 1 == steps:
-            diverged = _first_not_finite(losses[: step + 1])
-            if diverged is not None:
-                return Training(losses[:diverged].cpu().numpy(), time.perf_counter() - started, diverged)
+            diverged = torch.nonzero(~losses[: step + 1].isfinite()).flatten().tolist()
+            if diverged:
+                end = diverged[0] + 1
+                return Training(losses[:end].cpu().numpy(), time.perf_counter() - started, end)
     model.eval()
     return Training(losses.cpu().numpy(), time.perf_counter() - started)
 
@@ -188,70 +216,70 @@ def predict_logits(
 ) -> np.ndarray:
     """Logits float32 [n, n_classes] of prepared images, uint8 [height, width, 3] each, in evaluation mode.
 
-    Raises UserError where ``batch_size`` images do not fit in memory.
+    Raises OutOfMemory where ``batch_size`` images are too many at once.
     """
     model.eval()
-    device = model.head.weight.device
     parts = [np.empty((0, model.head.out_features), np.float32)]
-    advice = f"predicting {batch_size} images at once does not fit in memory; lower resources.batch_size"
-    with torch.no_grad(), memory_advice(advice):
+    with torch.no_grad(), _out_of_memory(f"predicting {batch_size} images at once does not fit in memory"):
         for start in range(0, len(images), batch_size):
-            batch = to_batch(images[start : start + batch_size], preprocessing, device)
+            batch = to_batch(images[start : start + batch_size], preprocessing, model.head.weight.device)
             parts.append(model(batch).cpu().numpy())
     return np.concatenate(parts)
 
 
-def save_model(model: TrainableModel, selection: Selection, content: dict[str, Any]) -> bytes:
-    """The adapted model as one safetensors file: weights, kept features, and ``content`` (plain values)."""
+def save_model(model: TrainableModel, features: KeptFeatures, content: dict[str, Any]) -> bytes:
+    """The adapted model as one safetensors file: weights, kept features, and ``content`` (plain values).
+
+    ``Adapter.load`` needs the entry ``backbone`` of ``content``, a recipe's section of that name, and takes
+    the names of classes from ``classes``, where that is a list.
+    """
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    tensors["kept"] = torch.from_numpy(selection.kept)
-    described = {"target_size": selection.target_size, "taps": selection.layout.taps,
-                 "widths": selection.layout.widths, "content": content}  # fmt: skip
-    return save(tensors, metadata={"model": json.dumps(described, sort_keys=True)})
+    tensors["kept"] = torch.from_numpy(features.kept)
+    described = {"target_size": features.target_size, **asdict(features.layout)}
+    described |= {"precision": model.options.precision, "content": content}
+    return save(tensors, metadata={MODEL: json.dumps(described, sort_keys=True)})
 
 
 def load_model(
-    data: bytes, backbone: Backbone, options: FinetuneConfig, cls_token: ClassToken = "normal"
+    data: bytes, backbone: Backbone, options: FinetuneOptions, cls_token: ClassToken = "normal"
 ) -> tuple[TrainableModel, dict[str, Any]]:
     """An adapted model in evaluation mode, and its content; ``backbone`` gives the architecture alone."""
-    tensors, described = load(data), _metadata(data)
+    tensors, described = load(data), read_metadata(data)[MODEL]
     layout = FeatureLayout(tuple(described["taps"]), tuple(described["widths"]))
-    selection = Selection(tensors.pop("kept").numpy(), layout, described["target_size"])
-    plain = options.model_copy(update={"gradient_checkpointing": False})
-    model = TrainableModel(backbone, selection, len(tensors["head.bias"]), options=plain, cls_token=cls_token)
-    model.load_state_dict(tensors)
+    features = KeptFeatures(tensors.pop("kept").numpy(), layout, described["target_size"])
+    plain = replace(options, gradient_checkpointing=False)
+    model = TrainableModel(backbone, features, len(tensors["head.bias"]), options=plain, cls_token=cls_token)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit {backbone.name}: {error}") from error
     return model.eval().requires_grad_(False), described["content"]
 
 
 def model_content(data: bytes) -> dict[str, Any]:
-    """What :func:`save_model` was given as ``content``, without loading any weights."""
-    return _metadata(data)["content"]
+    """The ``content`` that :func:`save_model` was given, without loading any weights."""
+    return read_metadata(data)[MODEL]["content"]
+
+
+def read_metadata(data: bytes) -> dict[str, Any]:
+    """Read the metadata of a safetensors file. Raises ValueError where that is not JSON, as ours is."""
+    try:  # the file begins with the length of its header, a little-endian uint64, and the header, JSON too
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return {entry: json.loads(text) for entry, text in header["__metadata__"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError("it has no metadata of ours") from error
 
 
 @contextmanager
-def memory_advice(advice: str) -> Iterator[None]:
-    """Turns running out of memory into a UserError that says what helps."""
+def _out_of_memory(message: str) -> Iterator[None]:
+    """Turn running out of memory, however torch says it, into OutOfMemory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        if (
-            isinstance(error, torch.OutOfMemoryError | MemoryError)
-            or "allocate" in text
-            or "alloc_fail" in text
-        ):
-            raise UserError(advice) from error
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if known or any(sign in str(error).lower() for sign in ("allocate", "alloc_fail")):
+            raise OutOfMemory(message) from error
         raise
-
-
-def _training_advice(options: FinetuneConfig) -> str:
-    return (
-        f"finetune: a batch of {options.batch_size} images does not fit in memory; raise "
-        f"finetune.gradient_accumulation (now {options.gradient_accumulation}: the batch is computed in "
-        "so many parts), set finetune.gradient_checkpointing: true "
-        f"(now {str(options.gradient_checkpointing).lower()}) or "
-        f"finetune.precision: bfloat16 (now {options.precision}), or lower finetune.batch_size"
-    )
 
 
 class _Batches:
@@ -262,36 +290,29 @@ class _Batches:
         images: Sequence[np.ndarray],
         labels: np.ndarray,
         preprocessing: Preprocessing,
-        options: FinetuneConfig,
+        options: FinetuneOptions,
     ) -> None:
         self.images, self.preprocessing, self.options = images, preprocessing, options
         self.labels = torch.from_numpy(np.asarray(labels, np.int64))
         self.rank, self.workers = (get_rank(), get_world_size()) if is_initialized() else (0, 1)
         self.count = -(-len(images) // options.batch_size)
-        smallest = len(images) - (self.count - 1) * options.batch_size
-        if smallest < self.workers:
+        if (smallest := self.size(self.count - 1)) < self.workers:
             raise UserError(
-                f"finetune: the last batch of {len(images)} training images has {smallest}, fewer than "
-                f"workers_per_trial ({self.workers}); change finetune.batch_size or workers_per_trial"
+                f"the last batch of {len(images)} training images has {smallest}, fewer than the "
+                f"{self.workers} processes that share it; change batch_size or the number of processes"
             )
 
     def rows(self, step: int) -> list[np.ndarray]:
         """Rows of the passes of one step, int64 each."""
         first = step % self.count * self.options.batch_size
-        last = min(first + self.options.batch_size, len(self.images))
-        mine = np.arange(first, last)[self.rank :: self.workers]
-        passes = np.array_split(mine, self.options.gradient_accumulation)
+        part = np.arange(first, first + self.size(step))[self.rank :: self.workers]
+        passes = np.array_split(part, self.options.gradient_accumulation)
         return [rows for rows in passes if len(rows)]
 
     def size(self, step: int) -> int:
         """Images of all processes in one step."""
         first = step % self.count * self.options.batch_size
         return min(self.options.batch_size, len(self.images) - first)
-
-    def read(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images float32 [b, 3, S, S] and labels int64 [b] of some rows."""
-        batch = to_batch([self.images[row] for row in rows], self.preprocessing, device)
-        return batch, self.labels[rows].to(device)
 
 
 def _step(runner: nn.Module, optimizer: torch.optim.Optimizer, batches: _Batches, step: int) -> Tensor:
@@ -301,8 +322,11 @@ def _step(runner: nn.Module, optimizer: torch.optim.Optimizer, batches: _Batches
     total = torch.zeros((), device=device)
     passes = batches.rows(step)
     for number, rows in enumerate(passes):
-        with _no_sync(runner, number + 1 < len(passes)):
-            images, labels = batches.read(rows, device)
+        last = number + 1 == len(passes)
+        # Gradients of processes are averaged in the last pass of a step only.
+        with runner.no_sync() if isinstance(runner, DistributedDataParallel) and not last else nullcontext():
+            images = to_batch([batches.images[row] for row in rows], batches.preprocessing, device)
+            labels = batches.labels[rows].to(device)
             loss = nn.functional.cross_entropy(runner(images), labels, reduction="sum")
             with _statistics_kept(runner):
                 # Gradients of the processes are averaged, hence their number.
@@ -312,13 +336,6 @@ def _step(runner: nn.Module, optimizer: torch.optim.Optimizer, batches: _Batches
     if batches.workers > 1:
         all_reduce(total)
     return total / batches.size(step)
-
-
-def _no_sync(runner: nn.Module, more: bool) -> AbstractContextManager[Any]:
-    """Gradients of processes are averaged in the last pass of a step only."""
-    if more and isinstance(runner, DistributedDataParallel):
-        return runner.no_sync()
-    return nullcontext()
 
 
 @contextmanager
@@ -344,18 +361,14 @@ def _state(
     """Everything that the next step depends on, as safetensors."""
     tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        velocity = optimizer.state[parameter].get("momentum_buffer")
-        if velocity is not None:
+        if (velocity := optimizer.state[parameter].get("momentum_buffer")) is not None:
             tensors[f"velocity.{name}"] = velocity.contiguous()
     tensors["losses"], tensors["step"], tensors["seconds"] = losses, torch.tensor(step), torch.tensor(seconds)
     return save(tensors)
 
 
 def _restore(
-    model: TrainableModel,
-    optimizer: torch.optim.Optimizer,
-    losses: Tensor,
-    checkpoints: Checkpoints | None,
+    model: TrainableModel, optimizer: torch.optim.Optimizer, losses: Tensor, checkpoints: Checkpoints | None
 ) -> tuple[int, float]:
     """Take up a checkpoint; the step to go on with, and the seconds spent until there."""
     data = checkpoints.load() if checkpoints else None
@@ -364,49 +377,22 @@ def _restore(
     tensors = load(data)
     model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
     for name, parameter in model.named_parameters():
-        velocity = tensors.get(f"velocity.{name}")
-        if velocity is not None:
+        if (velocity := tensors.get(f"velocity.{name}")) is not None:
             # A new tensor would lose the memory format that later updates, and so their rounding, depend on.
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(velocity)
     losses.copy_(tensors["losses"])
     return int(tensors["step"]), float(tensors["seconds"])
 
 
-def _first_not_finite(losses: Tensor) -> int | None:
-    bad = torch.nonzero(~torch.isfinite(losses))
-    return int(bad[0]) + 1 if len(bad) else None
-
-
-def _taps(selection: Selection) -> list[int]:
-    """Numbers of the taps that keep a feature, ascending."""
-    return np.unique(selection.layout.tap_of(selection.kept)).tolist()
-
-
-def _new_head(n_features: int, n_classes: int, seed: int) -> nn.Linear:
-    """A head with Glorot-uniform weights drawn by the seed and zero bias."""
-    head = nn.Linear(n_features, n_classes)
-    nn.init.xavier_uniform_(head.weight, generator=torch.Generator().manual_seed(seed))
-    nn.init.zeros_(head.bias)
-    return head
-
-
 def _checkpoint_gradients(backbone: Backbone, taps: tuple[str, ...]) -> None:
     if taps != (backbone.embedding,):
         raise UserError(
-            "finetune.gradient_checkpointing: head2toe_ft reads features inside the parts of the network "
-            "that would be computed twice; use finetune.gradient_accumulation instead"
+            "gradient_checkpointing: features are read inside the parts of the network that would be "
+            "computed twice; use gradient_accumulation instead"
         )
     model: Any = backbone.model
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):
-        raise UserError(
-            f"finetune.gradient_checkpointing: {backbone.name} does not offer it; use "
-            "gradient_accumulation instead"
-        ) from None
-
-
-def _metadata(data: bytes) -> dict[str, Any]:
-    """The file's header is a little-endian uint64 length and as many bytes of JSON."""
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["model"])
+        problem = f"{backbone.name} does not offer it; use gradient_accumulation instead"
+        raise UserError(f"gradient_checkpointing: {problem}") from None

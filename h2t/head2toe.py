@@ -1,7 +1,4 @@
-"""The methods that are compared, as data; their search spaces; and the training of their heads.
-
-Sections 3 and 4 and Appendix A of the paper.
-"""
+"""Head2Toe and its baselines on frozen features: score, keep, train the final head (Section 3.2)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +10,13 @@ import torch
 from torch import Tensor
 
 from h2t.errors import UserError, unknown
-from h2t.features import FeatureLayout, select, unit_norm
+from h2t.features import FeatureLayout, keep_features, unit_norm
 from h2t.heads.blocks import HeadStack
 from h2t.heads.spec import HeadSpec, Precision
 from h2t.heads.training import train_groups, train_stacks
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS, find_method
-from h2t.selection import keep_top, relevance_scores
+from h2t.selection import RULES
 
 # Features of final heads that are trained together: few enough that on a CPU they stay in the cache from step
 # to step.
@@ -35,7 +32,7 @@ class Head:
     rows, nats.
     """
 
-    settings: Hyperparameters
+    hyperparameters: Hyperparameters
     seed: int
     kept: np.ndarray
     layout: FeatureLayout
@@ -44,14 +41,14 @@ class Head:
     train_loss: float
 
 
-def predict(head: Head, features: np.ndarray) -> np.ndarray:
+def logits(head: Head, features: np.ndarray) -> np.ndarray:
     """Logits float32 [n, n_classes] of raw features float32 [n, n_features], all of the head's layout."""
-    return select(features, head.layout, head.kept) @ head.weight + head.bias
+    return keep_features(features, head.layout, head.kept) @ head.weight + head.bias
 
 
 @dataclass(frozen=True)
 class _Data:
-    """What all heads of a call share; ``rows`` are those of ``features`` to train on, in order."""
+    """Everything that the heads of a call share; ``rows`` are those of ``features`` to train on, in order."""
 
     features: np.ndarray
     rows: np.ndarray
@@ -60,14 +57,13 @@ class _Data:
     memory_budget: int | None
     options: dict[str, Any]
 
-
-# Trainings on features before any selection, each with the settings that use it, as the result or for the
-# scores.
-_Plan = dict[HeadSpec, list[Hyperparameters]]
+    def inputs(self, kept: np.ndarray) -> np.ndarray:
+        """The kept features of the training rows with unit norm per tap, a new float32 [n_rows, n_kept]."""
+        return keep_features(self.features, self.layout, kept, self.rows)
 
 
 class _Final(NamedTuple):
-    """A head to be trained on what the scoring phase has selected."""
+    """A head to be trained on the features that a rule has kept."""
 
     spec: HeadSpec
     point: Hyperparameters
@@ -82,7 +78,7 @@ def fit(
     features: np.ndarray,
     labels: np.ndarray,
     layout: FeatureLayout,
-    settings: Sequence[Hyperparameters],
+    hyperparameters: Sequence[Hyperparameters],
     *,
     n_classes: int,
     embedding: str,
@@ -91,98 +87,101 @@ def fit(
     batch_size: int = 128,
     memory_budget: int | None = None,
     device: str = "cpu",
-    dtype: Precision = "float32",
+    precision: Precision = "float32",
 ) -> Iterator[Head]:
-    """Train a head for every setting and seed; each is yielded as soon as it is done.
+    """Train a head for every point of ``hyperparameters`` and seed; each is yielded as soon as it is done.
 
     ``features`` float32 [n, n_features] raw, never written; ``labels`` integer [n]; ``rows`` int64 [n_rows]
-    are those to train on, in this order (default: all). All settings have the same target size, that of the
+    are those to train on, in this order (default: all). All points have the same target size, that of the
     features. ``embedding`` names the tap that methods on the embedding use. ``memory_budget`` in bytes bounds
     what is allocated here on top of one normalised copy of the training rows.
 
     Methods with the same training on all features share it: ``all_l21`` and the scoring phase of ``head2toe``
-    of the same rate, steps, coefficient and seed, for all fractions. The other settings of a call change a
-    head only through float32 rounding.
+    of the same rate, steps, coefficient and seed, for all fractions. The other points of a call change a head
+    only through float32 rounding.
 
-    Raises UserError, before any training, for settings, labels or features that cannot be used.
+    Raises UserError, before any training, for hyperparameters, labels or features that cannot be used.
     """
-    check_settings(settings, layout)
+    check_hyperparameters(hyperparameters, layout)
     if embedding not in layout.taps:
         raise unknown("tap", embedding, layout.taps)
-    labels = np.asarray(labels)
+    features, labels = np.asarray(features, np.float32), np.asarray(labels)
     rows = np.arange(len(labels)) if rows is None else np.asarray(rows)
-    options = {"n_classes": n_classes, "batch_size": batch_size, "device": device, "dtype": dtype}
+    options = {"n_classes": n_classes, "batch_size": batch_size, "device": device, "precision": precision}
     data = _Data(features, rows, labels[rows], layout, memory_budget, options)
-    on_embedding = [point for point in settings if METHODS[point.method].features == "embedding"]
-    on_all = [point for point in settings if METHODS[point.method].features != "embedding"]
+    on_embedding = [point for point in hyperparameters if METHODS[point.method].features == "embedding"]
+    on_all = [point for point in hyperparameters if METHODS[point.method].features != "embedding"]
     return chain(
-        _fit_columns(data, _plan(on_embedding, seeds), layout.slices[layout.taps.index(embedding)]),
-        _fit_columns(data, _plan(on_all, seeds), slice(0, layout.n_features)),
+        _fit_columns(data, on_embedding, seeds, layout.slices[layout.taps.index(embedding)]),
+        _fit_columns(data, on_all, seeds, slice(0, layout.n_features)),
     )
 
 
-def check_settings(settings: Sequence[Hyperparameters], layout: FeatureLayout) -> None:
-    """Raises UserError for settings that cannot be trained together on features of that layout."""
-    if len({point.target_size for point in settings}) > 1:
-        raise UserError("expected settings of one target size: they are trained on the same features")
-    for point in settings:
-        if find_method(point.method).trains_backbone:
+def check_hyperparameters(hyperparameters: Sequence[Hyperparameters], layout: FeatureLayout) -> None:
+    """Raise UserError for points that cannot be trained together on features of that layout."""
+    if len({point.target_size for point in hyperparameters}) > 1:
+        raise UserError("expected hyperparameters of one target size: they are trained on the same features")
+    for point in hyperparameters:
+        method = find_method(point.method)
+        if method.trains_backbone:
             raise UserError(f"{point.method} trains the backbone; expected a method on frozen features")
-        if not 0 < point.keep_fraction <= 1 or not int(layout.n_features * point.keep_fraction):
+        in_range = 0 < point.keep_fraction <= 1 and int(layout.n_features * point.keep_fraction)
+        if method.features == "kept" and not in_range:
             raise UserError(
                 f"keep_fraction {point.keep_fraction} keeps none of {layout.n_features} features; "
                 f"expected {1 / layout.n_features:.2g} to 1"
             )
 
 
-def _plan(settings: Sequence[Hyperparameters], seeds: Sequence[int]) -> _Plan:
-    plan: _Plan = {}
-    for seed, point in product(seeds, settings):
-        regularizer = METHODS[point.method].regularizer
-        spec = HeadSpec(point.learning_rate, point.steps, regularizer, point.coefficient, seed)
-        plan.setdefault(spec, []).append(point)
-    return plan
-
-
-def _fit_columns(data: _Data, plan: _Plan, columns: slice) -> Iterator[Head]:
-    """Heads on a range of the features, then those on what they select."""
-    if not plan:
-        return
-    specs, kept = list(plan), np.arange(columns.start, columns.stop, dtype=np.int64)
-    inputs = _inputs(data, columns, kept)
+def _fit_columns(
+    data: _Data, points: Sequence[Hyperparameters], seeds: Sequence[int], columns: slice
+) -> Iterator[Head]:
+    """Train heads on a range of the features, then those on what they keep."""
+    columns_kept = np.arange(columns.start, columns.stop, dtype=np.int64)
+    by_spec: dict[HeadSpec, list[Hyperparameters]] = {}  # the points that use a training: its head or scores
     finals: list[_Final] = []
-    for heads, stack in train_stacks(
-        inputs, data.labels, specs, memory_budget=data.memory_budget, **data.options
-    ):
-        for place, spec in enumerate(specs[head] for head in heads):
-            for point in plan[spec]:
-                if METHODS[point.method].features != "selected":
-                    yield _head(point, spec.seed, kept, data.layout, stack, place)
-            finals += _finals(spec, plan[spec], stack.weight[place])
-    del inputs
-    yield from _fit_selected(data, finals)
+    for seed, point in product(seeds, points):
+        method = METHODS[point.method]
+        if method.features == "kept" and not method.scored:
+            finals.append(_final(point, seed, None, data.layout))
+        else:
+            spec = HeadSpec(point.learning_rate, point.steps, method.regularizer, point.coefficient, seed)
+            by_spec.setdefault(spec, []).append(point)
+    if by_spec:
+        inputs, specs = data.inputs(columns_kept), list(by_spec)
+        for heads, stack in train_stacks(
+            inputs, data.labels, specs, layout=data.layout.of_kept(columns_kept),
+            memory_budget=data.memory_budget, **data.options,
+        ):  # fmt: skip
+            for position, spec in enumerate(specs[head] for head in heads):
+                for point in by_spec[spec]:
+                    if METHODS[point.method].features == "kept":
+                        finals.append(_final(point, spec.seed, stack.weight[position], data.layout))
+                    else:
+                        yield _head(point, spec.seed, columns_kept, data.layout, stack, position)
+        del inputs
+    yield from _fit_kept(data, finals)
 
 
-def _finals(spec: HeadSpec, points: Sequence[Hyperparameters], weight: torch.Tensor) -> list[_Final]:
-    """The final heads that follow a scoring phase: same rate, steps and seed, no regularizer."""
-    points = [point for point in points if METHODS[point.method].features == "selected"]
-    if not points:
-        return []
-    scores, final = relevance_scores(weight), HeadSpec(spec.learning_rate, spec.steps, seed=spec.seed)
-    return [_Final(final, point, keep_top(scores, point.keep_fraction)) for point in points]
+def _final(point: Hyperparameters, seed: int, weight: Tensor | None, layout: FeatureLayout) -> _Final:
+    """The final head that follows a scoring phase: same rate, steps and seed, no regularizer."""
+    rule = METHODS[point.method].selection
+    assert rule is not None, f"{point.method} keeps features by no rule"
+    spec = HeadSpec(point.learning_rate, point.steps, seed=seed)
+    return _Final(spec, point, RULES[rule](weight, layout, point.keep_fraction, seed))
 
 
-def _fit_selected(data: _Data, finals: list[_Final]) -> Iterator[Head]:
-    """Final heads, each on its own features; those of equal steps are trained side by side."""
-    for together in _trained_together(finals, len(data.rows), data.options["device"]):
-        inputs = [np.stack([_inputs(data, final.kept, final.kept) for final in group]) for group in together]
-        specs = [[final.spec for final in group] for group in together]
+def _fit_kept(data: _Data, finals: list[_Final]) -> Iterator[Head]:
+    """Train final heads, each on its kept features; those of equal steps are trained side by side."""
+    for groups in _trained_together(finals, len(data.rows), data.options["device"]):
+        inputs = [np.stack([data.inputs(final.kept) for final in group]) for group in groups]
+        specs = [[final.spec for final in group] for group in groups]
         # Products this small gain nothing from bfloat16.
-        options = {**data.options, "dtype": "float32"}
+        options = {**data.options, "precision": "float32"}
         stacks = train_groups(list(zip(inputs, specs, strict=True)), data.labels, **options)
-        for group, stack in zip(together, stacks, strict=True):
-            for place, final in enumerate(group):
-                yield _head(final.point, final.spec.seed, final.kept, data.layout, stack, place)
+        for group, stack in zip(groups, stacks, strict=True):
+            for position, final in enumerate(group):
+                yield _head(final.point, final.spec.seed, final.kept, data.layout, stack, position)
 
 
 def _trained_together(finals: list[_Final], n_rows: int, device: str) -> Iterator[list[list[_Final]]]:
@@ -204,24 +203,21 @@ def _by_shape(finals: list[_Final]) -> list[list[_Final]]:
     return [list(group) for _, group in groupby(finals, lambda final: final.shape)]
 
 
-def _inputs(data: _Data, columns: slice | np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The kept features of the training rows with unit norm per tap, a new float32 [n_rows, n_kept]."""
-    rows = data.rows if isinstance(columns, slice) else data.rows[:, None]
-    chosen = np.asarray(data.features[rows, columns], np.float32)
-    widths = np.bincount(data.layout.tap_of(kept), minlength=len(data.layout.taps))
-    return unit_norm(chosen, FeatureLayout(data.layout.taps, tuple(widths.tolist())), out=chosen)
-
-
 def _head(
-    point: Hyperparameters, seed: int, kept: np.ndarray, layout: FeatureLayout, stack: HeadStack, place: int
+    point: Hyperparameters,
+    seed: int,
+    kept: np.ndarray,
+    layout: FeatureLayout,
+    stack: HeadStack,
+    position: int,
 ) -> Head:
-    weight = stack.weight[place].cpu().contiguous().numpy()
-    bias = stack.bias[place].cpu().numpy()
-    return Head(point, seed, kept, layout, weight, bias, float(stack.train_loss[place]))
+    weight = stack.weight[position].cpu().contiguous().numpy()
+    bias = stack.bias[position].cpu().numpy()
+    return Head(point, seed, kept, layout, weight, bias, float(stack.train_loss[position]))
 
 
 @dataclass(frozen=True)
-class _Group:
+class _SharedKept:
     """Heads on the same kept features: their weights side by side, [n_kept, n_heads * n_classes]."""
 
     target_size: int
@@ -229,39 +225,43 @@ class _Group:
     kept: np.ndarray
     weight: Tensor
     bias: Tensor
-    places: list[int]
+    positions: list[int]
 
     def logits(self, features: Tensor) -> Tensor:
         """[b, n_heads, n_classes] of raw features [b, n_features]."""
-        everything = len(self.kept) == self.layout.n_features
-        chosen = unit_norm(features, self.layout) if everything else select(features, self.layout, self.kept)
-        return torch.addmm(self.bias, chosen, self.weight).unflatten(1, (len(self.places), -1))
+        if len(self.kept) == self.layout.n_features:
+            values = unit_norm(features, self.layout)  # without a copy of the features
+        else:
+            values = keep_features(features, self.layout, self.kept)
+        return torch.addmm(self.bias, values, self.weight).unflatten(1, (len(self.positions), -1))
 
 
 class HeadBank:
     """Heads of one task on one device; those that keep the same features share selection and product."""
 
     def __init__(self, heads: Sequence[Head], device: str = "cpu") -> None:
-        grouped: dict[tuple[int, bytes], list[int]] = {}
-        for place, head in enumerate(heads):
-            grouped.setdefault((head.settings.target_size, head.kept.tobytes()), []).append(place)
+        by_kept: dict[tuple[int, bytes], list[int]] = {}
+        for position, head in enumerate(heads):
+            key = head.hyperparameters.target_size, head.kept.tobytes()
+            by_kept.setdefault(key, []).append(position)
         self.n_heads = len(heads)
-        self.target_sizes = sorted({head.settings.target_size for head in heads})
-        self.groups = [_group(heads, places, device) for places in grouped.values()]
+        self.target_sizes = sorted({head.hyperparameters.target_size for head in heads})
+        self.groups = [_side_by_side(heads, positions, device) for positions in by_kept.values()]
 
     def predict(self, features: Mapping[int, Tensor]) -> np.ndarray:
         """Predicted classes int32 [b, n_heads] of raw features: float32 [b, n_features] per target size."""
-        size = next(iter(features.values())).shape[0]
-        predictions = np.empty((size, self.n_heads), np.int32)
+        n_images = next(iter(features.values())).shape[0]
+        predictions = np.empty((n_images, self.n_heads), np.int32)
         for group in self.groups:
             classes = group.logits(features[group.target_size]).argmax(2)
-            predictions[:, group.places] = classes.cpu().numpy()
+            predictions[:, group.positions] = classes.cpu().numpy()
         return predictions
 
 
-def _group(heads: Sequence[Head], places: list[int], device: str) -> _Group:
-    heads = [heads[place] for place in places]
-    first = heads[0]
-    weight = torch.from_numpy(np.concatenate([head.weight for head in heads], axis=1)).to(device)
-    bias = torch.from_numpy(np.concatenate([head.bias for head in heads])).to(device)
-    return _Group(first.settings.target_size, first.layout, first.kept, weight, bias, places)
+def _side_by_side(heads: Sequence[Head], positions: list[int], device: str) -> _SharedKept:
+    members = [heads[position] for position in positions]
+    weight = torch.from_numpy(np.concatenate([head.weight for head in members], axis=1)).to(device)
+    bias = torch.from_numpy(np.concatenate([head.bias for head in members])).to(device)
+    first = members[0]
+    size = first.hyperparameters.target_size
+    return _SharedKept(size, first.layout, first.kept, weight, bias, positions)

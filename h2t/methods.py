@@ -1,9 +1,14 @@
-"""The methods that are compared, as data, and their search spaces (Sections 3 and 4, Appendix A)."""
+"""The methods that are compared, as data, and their search spaces (Sections 3 and 4, Appendix A).
+
+A new method on frozen features is a row of ``METHODS``, with a rule in ``h2t/selection.py`` or a regularizer
+in ``h2t/heads`` if it needs a new one. No other code knows a method by its name.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Literal
+from typing import Literal, Protocol
 
 from h2t.errors import unknown
 from h2t.heads.spec import Regularizer
@@ -12,14 +17,31 @@ from h2t.hyperparameters import Hyperparameters
 
 @dataclass(frozen=True)
 class Method:
-    """What a method trains, on which features and with which regularizer; ``title`` is the paper's."""
+    """A method: which features its head reads, how they are chosen, and what else is trained.
+
+    ``title`` is the one in tables. ``features`` "kept" are those that the rule ``selection`` of
+    ``h2t.selection.RULES`` keeps; if ``scored``, by the weights of a first training on all features with
+    ``regularizer``. ``coefficients`` names the list of the recipe's grid for the regularizer.
+
+    ``trains_backbone``: from random weights unless ``pretrained``, and on what the method ``builds_on``
+    keeps, if given. ``best_of``: cross-validation takes the best of these methods; nothing else is trained.
+    """
 
     name: str
     title: str
-    features: Literal["embedding", "all", "selected"]
+    features: Literal["embedding", "all", "kept"]
     regularizer: Regularizer | None = None
+    selection: str | None = None
+    scored: bool = True
+    coefficients: Literal["coefficient", "head2toe_coefficient"] = "coefficient"
     trains_backbone: bool = False
+    pretrained: bool = True
+    builds_on: str | None = None
+    best_of: tuple[str, ...] = ()
 
+
+_kept = partial(Method, features="kept", regularizer="l21", coefficients="head2toe_coefficient")
+_finetuned = partial(Method, features="embedding", trains_backbone=True)
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -28,13 +50,36 @@ METHODS: dict[str, Method] = {
         Method("all_l2", "+All-l2", "all", "l2"),
         Method("all_l1", "+All-l1", "all", "l1"),
         Method("all_l21", "+All-l2,1", "all", "l21"),
-        Method("head2toe", "Head2Toe", "selected", "l21"),
-        Method("scratch", "Scratch", "embedding", trains_backbone=True),
-        Method("finetune", "Fine-tuning", "embedding", trains_backbone=True),
-        Method("head2toe_ft", "Head2Toe-FT", "selected", "l21", trains_backbone=True),
-        Method("head2toe_ft_plus", "Head2Toe-FT+", "selected", "l21", trains_backbone=True),
+        _kept("head2toe", "Head2Toe", selection="score"),
+        _kept("head2toe_layerwise", "Layer-wise", selection="tap_mean"),
+        _kept("head2toe_layergroup", "Layer-wise (group)", selection="tap_norm", regularizer="layergroup"),
+        Method("random_features", "Random features", "kept", selection="random", scored=False),
+        _finetuned("scratch", "Scratch", pretrained=False),
+        _finetuned("finetune", "Fine-tuning"),
+        _kept("head2toe_ft", "Head2Toe-FT", selection="score", trains_backbone=True, builds_on="head2toe"),
+        _kept(
+            "head2toe_ft_plus", "Head2Toe-FT+", selection="score", trains_backbone=True,
+            best_of=("head2toe", "head2toe_ft"),
+        ),
     )
-}
+}  # fmt: skip
+
+
+class Grid(Protocol):
+    """The values that a search space combines, as a recipe gives them."""
+
+    @property
+    def target_size(self) -> Sequence[int]: ...
+    @property
+    def learning_rate(self) -> Sequence[float]: ...
+    @property
+    def steps(self) -> Sequence[int]: ...
+    @property
+    def coefficient(self) -> Sequence[float]: ...
+    @property
+    def head2toe_coefficient(self) -> Sequence[float]: ...
+    @property
+    def keep_fraction(self) -> Sequence[float]: ...
 
 
 def find_method(name: str) -> Method:
@@ -44,27 +89,19 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-def search_space(
-    method: str,
-    *,
-    target_sizes: Sequence[int],
-    learning_rates: Sequence[float],
-    steps: Sequence[int],
-    coefficients: Sequence[float],
-    keep_fractions: Sequence[float],
-) -> list[Hyperparameters]:
+def search_space(method: str, grid: Grid) -> list[Hyperparameters]:
     """Every point of a method's search space (Appendix A), leaving out what the method has no use for.
 
     A method on the embedding gets the first target size only, since the embedding does not depend on it.
     """
-    found = find_method(method)
+    definition = find_method(method)
     return [
         Hyperparameters(method, *point)
         for point in product(
-            target_sizes[:1] if found.features == "embedding" else target_sizes,
-            learning_rates,
-            steps,
-            coefficients if found.regularizer else [0.0],
-            keep_fractions if found.features == "selected" else [1.0],
+            grid.target_size[:1] if definition.features == "embedding" else grid.target_size,
+            grid.learning_rate,
+            grid.steps,
+            getattr(grid, definition.coefficients) if definition.regularizer else [0.0],
+            grid.keep_fraction if definition.features == "kept" else [1.0],
         )
     ]

@@ -88,7 +88,7 @@ def group_means(values: Mapping[str, float], groups: Mapping[str, str]) -> dict[
     members: dict[str, list[float]] = {}
     for task, value in values.items():
         members.setdefault(groups[task], []).append(value)
-    means = {group: float(np.mean(found)) for group, found in members.items()}
+    means = {group: float(np.mean(accuracies)) for group, accuracies in members.items()}
     return means | ({"all": float(np.mean(list(values.values())))} if values else {})
 
 

@@ -7,32 +7,12 @@ in percent with one decimal, as printed.
 import json
 from functools import cache
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
 from h2t import metrics
+from h2t.hyperparameters import Hyperparameters
 
 BACKBONES = {"resnet50": "ResNet-50", "vitb16": "ViT-B/16"}
-
-
-class Hyperparameters(NamedTuple):
-    """A row of Table 2: what the paper's cross-validation chose for Head2Toe."""
-
-    target_size: int
-    keep_fraction: float
-    learning_rate: float
-    steps: int
-    coefficient: float
-
-
-class RelativeCost(NamedTuple):
-    """A row of Table 3 (ResNet-50): Head2Toe's costs as a share of another method's."""
-
-    keep_fraction: float
-    n_features: int
-    n_classes: int
-    flops_vs_finetuning: float
-    size_vs_finetuning: float
-    size_vs_linear: float
 
 
 @cache
@@ -59,13 +39,9 @@ def deviations(backbone: str, method: str) -> dict[str, float]:
 def hyperparameters(backbone: str) -> dict[str, Hyperparameters]:
     """Table 2: task title -> what was chosen for Head2Toe; empty if not published for ``backbone``."""
     rows = published()["table2"].get(backbone, [])
-    return {title: Hyperparameters(*row) for title, row in zip(task_titles(), rows, strict=False)}
-
-
-def relative_costs() -> dict[str, RelativeCost]:
-    """Table 3: task title -> costs of Head2Toe with ResNet-50 at 240 pixels."""
     return {
-        title: RelativeCost(*row) for title, row in zip(task_titles(), published()["table3"], strict=True)
+        title: Hyperparameters("head2toe", target_size, rate, steps, coefficient, fraction)
+        for title, (target_size, fraction, rate, steps, coefficient) in zip(task_titles(), rows, strict=False)
     }
 
 

@@ -46,17 +46,25 @@ def read_recipe(recipe: str, overrides: Sequence[str] | None) -> Config:
     return load_config(recipe, overrides or ())
 
 
-STAGES = ["extract", "sweep", "evaluate", "finetune", "report"]
+STAGES = ["extract", "sweep", "evaluate", "finetune"]
 
 
-def _run(config: Config, run_dir: str | None, stages: list[str], address: str | None) -> None:
-    from pipelines.run import run_stages  # Ray and torch take seconds to import; help and errors need neither
+def _run(config: Config, run_dir: str | None, stages: list[str], address: str | None, tables: bool) -> None:
+    """Run stages and, after all of them, the report."""
+    # These need seconds to import; help and errors need none of them.
+    from pipelines.report import report
+    from pipelines.run import run_stages
     from pipelines.run_directory import RunDirectory
 
     started = time.monotonic()
     uri = run_dir or f"runs/{config.name}"
-    RunDirectory(uri).require_writable()
+    run = RunDirectory(uri)
+    run.require_writable()
     seconds = run_stages(config, uri, stages, console, address)
+    if tables:
+        before = time.monotonic()
+        report([run], RunDirectory(f"{run.uri}/report"), console)
+        seconds["report"] = time.monotonic() - before
     total = time.monotonic() - started
     parts = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
     console.print(f"{total:.0f} s in all ({parts}); everything is in {uri}")
@@ -75,18 +83,18 @@ def demo(
     from pipelines.demo import available_tasks
 
     config = available_tasks(read_recipe("demo-finetune" if finetune else "demo", set_), console)
-    _run(config, run_dir, STAGES, address)
+    _run(config, run_dir, STAGES, address, tables=True)
 
 
 @app.command()
 def run(recipe: Recipe, run_dir: RunDir = None, set_: Set = None, address: Address = None) -> None:
     """Run every stage of a recipe; what is already there is not done again."""
-    _run(read_recipe(recipe, set_), run_dir, STAGES, address)
+    _run(read_recipe(recipe, set_), run_dir, STAGES, address, tables=True)
 
 
 def _stage(name: str, text: str) -> None:
     def command(recipe: Recipe, run_dir: RunDir = None, set_: Set = None, address: Address = None) -> None:
-        _run(read_recipe(recipe, set_), run_dir, [name], address)
+        _run(read_recipe(recipe, set_), run_dir, [name], address, tables=False)
 
     app.command(name, help=text)(command)
 
@@ -95,14 +103,30 @@ _stage("extract", "Only the features of the training images.")
 _stage("sweep", "Only the cross-validation (needs the features).")
 _stage("evaluate", "Only the final heads and test predictions (needs the sweep).")
 _stage("finetune", "Only the methods that train the backbone (need the frozen heads).")
-_stage("report", "Only the tables and figures (needs the results).")
+
+
+@app.command("report")
+def report_command(
+    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR…", help="Run directories (or URIs).")],
+    destination: Annotated[
+        str | None, typer.Option(help="A folder or URI for the report; default RUN_DIR/report.")
+    ] = None,
+) -> None:
+    """Make tables, figures and the page of runs, from their files alone: without recipe or cluster."""
+    from pipelines.report import report
+    from pipelines.run_directory import RunDirectory
+
+    runs = [RunDirectory(uri) for uri in run_dirs]
+    if destination is None and len(runs) > 1:
+        raise UserError("the report of several runs needs a place of its own: give --destination FOLDER")
+    report(runs, RunDirectory(destination or f"{runs[0].uri}/report"), console)
 
 
 def _table(*columns: str) -> Table:
     """A table whose first column, the names to type, is never cut."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for place, column in enumerate(columns):
-        table.add_column(column, no_wrap=place == 0, overflow="fold")
+    for position, column in enumerate(columns):
+        table.add_column(column, no_wrap=position == 0, overflow="fold")
     return table
 
 
@@ -123,7 +147,7 @@ def tasks(
     if check is not None:
         table = _table("task", "status", "found", "expected", "how to get it")
         for row in check_root(check, format):
-            table.add_row(*(str(value) for value in row.__dict__.values()))
+            table.add_row(row.task, row.status, row.found, row.expected, row.advice)
     else:
         table = _table("task", "title", "group", "classes", "train", "test", "images")
         for tasks, origin in ((DEMO, "demo"), (VTAB_1K, "VTAB-1k")):
@@ -138,17 +162,16 @@ def prepare(
     task: Annotated[list[str], typer.Argument(help="Tasks of VTAB-1k, or all.")],
     destination: Annotated[str, typer.Option(help="A path or URI to write the Parquet files under.")],
     data_dir: Annotated[str, typer.Option(help="Where TensorFlow Datasets keeps its data.")],
-    source: Annotated[str, typer.Option("--from", help="Only tfds as yet.")] = "tfds",
 ) -> None:
-    """Write VTAB-1k's exact images and labels once, lossless, as Parquet."""
+    """Write VTAB-1k's exact images and labels from TensorFlow Datasets once, lossless, as Parquet."""
     from h2t.images.prepare_vtab import prepare_task
     from h2t.tasks import VTAB_1K, find_task
+    from pipelines.progress import StageProgress
 
-    if source != "tfds":
-        raise unknown("origin", source, ["tfds"])
-    for found in VTAB_1K if task == ["all"] else [find_task(name) for name in task]:
-        written = prepare_task(found, data_dir, destination)
-        console.print(f"{found.name}: {written}")
+    for chosen in VTAB_1K if task == ["all"] else [find_task(name) for name in task]:
+        with StageProgress(console, "prepare", 0, "images") as progress:
+            written = prepare_task(chosen, data_dir, destination, progress=progress.show)
+        console.print(f"{chosen.name}: {written}")
 
 
 @app.command()

@@ -2,10 +2,11 @@
 
 import logging
 import os
+import shutil
 import socket
-import tempfile
+import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import ray
@@ -17,25 +18,30 @@ OBJECT_STORE_BYTES = 1 << 30
 SPARE_CPUS = 2  # logical CPUs for reading and decoding: actors that hold every CPU would starve those
 
 
-# What Ray's core says of every pool of actors of Ray Data (its issue 53727), past Python's logging.
-POOL_NOISE = b"has constructor arguments in the object store and max_restarts > 0"
+# In what Ray's core says of every pool of actors of Ray Data, past Python's logging.
+POOL_NOISE = "ray-project/ray/issues/53727"
 
 
 @contextmanager
-def without_lines(words: bytes) -> Iterator[None]:
-    """Hold back what this process writes to standard error, then pass on all but lines with ``words``."""
-    error = 2
-    before = os.dup(error)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), error)
-        try:
-            yield
-        finally:
-            os.dup2(before, error)
-            os.close(before)
-            held.seek(0)
-            with open(error, "wb", closefd=False) as passed:  # writes all of it, unlike os.write
-                passed.writelines(line for line in held if words not in line)
+def without_line(words: str) -> Iterator[None]:
+    """Drop lines with ``words`` from standard error; all others pass at once, even if this process dies."""
+    grep = shutil.which("grep")
+    if grep is None:
+        yield
+        return
+    before = os.dup(2)
+    command = [grep, "--line-buffered", "--fixed-strings", "--invert-match", words]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=before, start_new_session=True)
+    assert process.stdin
+    os.dup2(process.stdin.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):  # a child that was started meanwhile may hold it open
+            process.wait(timeout=2)
 
 
 @dataclass(frozen=True)

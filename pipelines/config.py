@@ -3,8 +3,10 @@
 import hashlib
 import json
 import re
-from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeVar
+from collections import Counter
+from dataclasses import asdict, fields, is_dataclass, replace
+from numbers import Integral
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -15,11 +17,15 @@ from pydantic import (
     model_validator,
 )
 
-from h2t.errors import UserError, unknown
+from h2t.errors import UserError
 from h2t.heads.spec import Precision
 from h2t.hyperparameters import Hyperparameters
-from h2t.methods import METHODS, search_space
+from h2t.images.formats import check_format
+from h2t.methods import METHODS, find_method, search_space
 from h2t.tasks import DEMO, Group, Task, demo_task, find_task
+
+if TYPE_CHECKING:
+    from h2t.finetuning import FinetuneOptions
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -31,7 +37,7 @@ Value = TypeVar("Value")
 
 def _distinct(values: list[Value]) -> list[Value]:
     """A repeated seed would count as one more seed, a repeated value of a grid would be computed twice."""
-    repeated = [value for place, value in enumerate(values) if value in values[:place]]
+    repeated = [value for value, count in Counter(values).items() if count > 1]
     if repeated:
         raise ValueError(f"expected every value once, got {repeated[0]} twice")
     return values
@@ -44,6 +50,10 @@ def _folder_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError(f"the name becomes a folder: letters, digits, '_', '-' and '.' only, got '{name}'")
     return name
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+MethodName = Annotated[str, AfterValidator(lambda name: find_method(name).name)]
 
 
 class _Section(BaseModel):
@@ -61,25 +71,19 @@ class BackboneConfig(_Section):
     cls_token: Literal["normal", "only_cls", "nopool_cls"] = "normal"
     resize: Literal["bilinear", "bicubic"] = "bilinear"
     normalization: Literal["backbone", "minus_one_to_one", "imagenet"] = "backbone"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class ImagesConfig(_Section):
     """Where the images of the tasks come from."""
 
-    format: Literal["bundled", "vtab1k", "parquet", "folder", "webdataset"] = "bundled"
+    format: str = "bundled"
     root: str | None = None
     options: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _root_where_needed(self) -> "ImagesConfig":
-        if self.format != "bundled" and not self.root:
-            raise ValueError(f"images in the format '{self.format}' need a root (a folder or a URI)")
-        if self.format == "bundled" and self.root:
-            raise ValueError(
-                f"with a root ('{self.root}') expected the format vtab1k, parquet, folder or webdataset, "
-                "got 'bundled'"
-            )
+    def _a_known_format_and_its_root(self) -> "ImagesConfig":
+        check_format(self.format, self.root)
         return self
 
 
@@ -94,7 +98,7 @@ class TaskConfig(_Section):
 
     @field_validator("name")
     @classmethod
-    def _usable_in_a_path(cls, name: str) -> str:
+    def _known_or_usable_in_a_path(cls, name: str) -> str:
         return find_task(name).name if _known(name) else _folder_name(name)
 
 
@@ -139,10 +143,10 @@ class Resources(_Section):
     gpus_per_trial: Annotated[float, Field(ge=0)] | None = None
     cpus_per_trial: Count = 1
     concurrent_trials: Count | None = None
-    settings_per_trial: Count | None = None
+    points_per_trial: Count | None = None
     memory_per_trial_gb: Positive = 8.0
     shard_size: Count = 250
-    batch_size: Count = 50
+    images_per_forward: Count = 50
     feature_compression: Literal["none", "zstd"] = "none"
     max_failures: Annotated[int, Field(ge=0)] = 2
     no_progress_timeout_s: Annotated[float, Field(ge=10)] = 120.0
@@ -176,29 +180,30 @@ class FinetuneConfig(_Section):
             raise ValueError("folds: 0 leaves nothing to choose by; give one learning_rate and one steps")
         return self
 
+    def options(self) -> "FinetuneOptions":
+        """What one training needs to know."""
+        from h2t.finetuning import FinetuneOptions  # imports torch, which reading a recipe does not need
+
+        return FinetuneOptions(**self.model_dump(include={field.name for field in fields(FinetuneOptions)}))
+
 
 class Config(_Section):
     """Everything that determines a run's results, and how its work is spread."""
 
-    name: str
+    name: FolderName
     backbone: BackboneConfig
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
     images: ImagesConfig = ImagesConfig()
-    methods: Values[str] = ["linear", "all_l2", "all_l1", "all_l21", "head2toe"]
+    methods: Values[MethodName] = ["linear", "all_l2", "all_l1", "all_l21", "head2toe"]
     grid: Grid = Grid()
     cross_validation: CrossValidation = CrossValidation()
     finetune: FinetuneConfig = FinetuneConfig()
     seed: Seed = 0
     seeds: Values[Seed] = [0, 1, 2]
     batch_size: Count = 128
-    head_dtype: Precision = "float32"
+    head_precision: Precision = "float32"
     on_bad_image: Literal["refuse", "skip"] = "refuse"
     resources: Resources = Resources()
-
-    @field_validator("name")
-    @classmethod
-    def _usable_in_a_path(cls, name: str) -> str:
-        return _folder_name(name)
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -207,32 +212,32 @@ class Config(_Section):
             return tasks
         return [{"name": task} if isinstance(task, str) else task for task in tasks]
 
-    @field_validator("methods")
-    @classmethod
-    def _methods_exist(cls, methods: list[str]) -> list[str]:
-        for method in methods:
-            if method not in METHODS:
-                raise unknown("method", method, METHODS)
-        return methods
-
     @model_validator(mode="after")
-    def _trained_methods_have_what_they_need(self) -> "Config":
-        pretrained = [m for m in self.methods if METHODS[m].trains_backbone and m != "scratch"]
+    def _methods_have_what_they_need(self) -> "Config":
+        methods = [METHODS[name] for name in self.methods]
+        finetuned = [method for method in methods if method.trains_backbone]
+        pretrained = [method.name for method in finetuned if method.pretrained]
         if pretrained and self.backbone.weights == "random":
             raise ValueError(
-                f"methods: {', '.join(pretrained)} start from pretrained weights, but backbone.weights is "
-                "'random'; give pretrained weights, or use the method 'scratch'"
+                f"methods: {', '.join(pretrained)} start from pretrained weights; expected auto or a file as "
+                "backbone.weights, got 'random'"
             )
-        for method, needed in (("head2toe_ft", "head2toe"), ("head2toe_ft_plus", "head2toe_ft")):
-            if method in self.methods and needed not in self.methods:
-                raise ValueError(f"methods: {method} builds on {needed}, which is not listed; add it")
-        if self.finetune.gradient_checkpointing and "head2toe_ft" in self.methods:
+        for method in methods:
+            missing = [
+                name for name in (method.builds_on, *method.best_of) if name not in [None, *self.methods]
+            ]
+            if missing:
+                raise ValueError(
+                    f"methods: {method.name} builds on {missing[0]}, which is not listed; add it"
+                )
+            if self.finetune.folds == 0 and any(METHODS[name].trains_backbone for name in method.best_of):
+                raise ValueError(f"methods: {method.name} needs cross-validation, but finetune.folds is 0")
+        inside = [method.name for method in finetuned if method.features == "kept"]
+        if inside and self.finetune.gradient_checkpointing:
             raise ValueError(
-                "finetune.gradient_checkpointing: head2toe_ft reads features inside the parts of the network "
-                "that would be computed twice; use finetune.gradient_accumulation instead"
+                f"finetune.gradient_checkpointing: {', '.join(inside)} reads features inside the parts of "
+                "the network that would be computed twice; use finetune.gradient_accumulation instead"
             )
-        if self.finetune.folds == 0 and "head2toe_ft_plus" in self.methods:
-            raise ValueError("methods: head2toe_ft_plus chooses by cross-validation, but finetune.folds is 0")
         if not set(self.finetune.seeds or self.seeds) <= set(self.seeds):
             raise ValueError(
                 f"finetune.seeds: expected some of seeds {self.seeds}, got {self.finetune.seeds}"
@@ -246,8 +251,8 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        names = [task.name for task in self.tasks]
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(task.name for task in self.tasks)
+        repeated = sorted(name for name, count in counts.items() if count > 1)
         if repeated:
             raise ValueError(f"tasks: {', '.join(repeated)} is listed twice")
         for task in self.tasks:
@@ -256,15 +261,13 @@ class Config(_Section):
             except UserError as error:
                 raise ValueError(f"tasks: {error}") from None
         folds = self.cross_validation
-        if folds.scheme == "blocks" and not folds.images and "vtab1k" in self._formats():
+        formats = {(task.images or self.images).format for task in self.tasks}
+        if folds.scheme == "blocks" and not folds.images and "vtab1k" in formats:
             raise ValueError(
                 "cross_validation.scheme: 'blocks' cuts the first 1000 images of an original training set, "
                 "which an archive does not hold; expected archive, or their place as cross_validation.images"
             )
         return self
-
-    def _formats(self) -> set[str]:
-        return {self.task_images(task.name).format for task in self.tasks}
 
     def task(self, name: str) -> Task:
         """The task of that name: a known one with the recipe's own settings on top.
@@ -296,15 +299,7 @@ class Config(_Section):
 
     def search_space(self, method: str) -> list[Hyperparameters]:
         """The points of the search space of one method on frozen features."""
-        head2toe = METHODS[method].features == "selected"
-        return search_space(
-            method,
-            target_sizes=self.grid.target_size,
-            learning_rates=self.grid.learning_rate,
-            steps=self.grid.steps,
-            coefficients=self.grid.head2toe_coefficient if head2toe else self.grid.coefficient,
-            keep_fractions=self.grid.keep_fraction,
-        )
+        return search_space(method, self.grid)
 
 
 def _known(name: str) -> bool:
@@ -316,7 +311,10 @@ def _known(name: str) -> bool:
 
 
 def fingerprint(*parts: Any) -> str:
-    """Twelve hexadecimal digits that change with any of the parts (plain JSON values)."""
+    """Twelve hexadecimal digits that change with any of the parts.
+
+    Parts are JSON values, numbers of NumPy, dataclasses and sections of a configuration; else a TypeError.
+    """
     text = json.dumps(parts, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -324,4 +322,8 @@ def fingerprint(*parts: Any) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
-    return value.__dict__
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Integral):  # NumPy's
+        return int(value)
+    raise TypeError(f"expected plain values, dataclasses or configurations, got {type(value).__name__}")

@@ -13,13 +13,13 @@ def available_tasks(config: Config, console: Console) -> Config:
     available = []
     for task in config.tasks:
         try:
-            work = open_task(config, task.name)
+            opened = open_task(config, task.name)
         except SourceUnavailable as error:
             console.print(f"without {task.name}: {error}")
             continue
         available.append(task)
-        if work.task.licence:
-            console.print(f"{task.name}: images under {work.task.licence}")
+        if opened.task.licence:
+            console.print(f"{task.name}: images under {opened.task.licence}")
     if not available:
         raise UserError("no demo task is available; install with pip install 'head2toe-ray[demo]'")
     return config.model_copy(update={"tasks": available})

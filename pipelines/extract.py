@@ -1,134 +1,44 @@
-"""Stage 1, Ray Data: training images to the pooled features of every tap, one Parquet file per shard."""
+"""Stage 1, Ray Data: training images to the pooled features of every tap, cut by rows into Parquet files."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
-from itertools import product
-from typing import Any
+from functools import partial
 
 import numpy as np
-from rich.console import Console
 
+from h2t.backbones.pretrained import find_weights, name_in_timm, weights_identity
 from h2t.backbones.tap_reader import feature_layout
-from h2t.costs import BackboneCost, measure_backbone
-from h2t.features import FeatureLayout
-from pipelines.backbone_actor import FeatureReader, load
-from pipelines.cluster import Cluster
+from h2t.costs import measure_backbone
+from pipelines.artifacts import backbone_folder, features, features_key, manifest
 from pipelines.config import Config
-from pipelines.feature_files import write_features
+from pipelines.feature_files import FeatureTable, write_features
+from pipelines.products import Gap, RowFiles, Shard, shards
 from pipelines.run_directory import RunDirectory
-from pipelines.shard_stream import process_shards
-from pipelines.task_data import Shard, Split, TaskData
-
-PACKAGES = ("head2toe-ray", "numpy", "pillow", "pyarrow", "ray", "timm", "torch")
-
-
-def extract(
-    config: Config, works: Sequence[TaskData], run: RunDirectory, cluster: Cluster, console: Console
-) -> int:
-    """Write the feature files that are missing; how many images went through the backbone.
-
-    One forward pass serves all target sizes. Raises UserError that lists the images that can't be read.
-    """
-    missing = missing_shards(config, works, run, console)
-    if missing:
-        n_images = process_shards(
-            "extract",
-            missing,
-            works,
-            run,
-            FeatureWriter,
-            {"run": run, "config": config},
-            config,
-            cluster,
-            console,
-        )
-    else:
-        console.print(f"{'extract':<9} nothing to do: the features of {len(works)} tasks are there")
-        n_images = 0
-    write_manifests(config, works, run)
-    return n_images
+from pipelines.run_record import package_versions
+from pipelines.session import Advance, Session, Step
+from pipelines.shard_stream import FeatureReader, load, process_shards
+from pipelines.task_data import TaskData
 
 
-def write_manifests(config: Config, works: Sequence[TaskData], run: RunDirectory) -> None:
-    """Say of every folder of features what it holds, where that is not said yet."""
-    folders = [
-        (work, split, size)
-        for work in works
-        for split, size in product(work.stored_splits, config.grid.target_size)
-        if not _is_described(run, work, split, size)
+def feature_products(session: Session) -> list[RowFiles]:
+    """Features of the stored splits of every task, at every target size."""
+    return [
+        features(task, split, size)
+        for task in session.tasks.values()
+        for split in task.stored_splits
+        for size in session.config.grid.target_size
     ]
-    if not folders:
-        return
-    backbone = load(config.backbone)
-    cost = measure_backbone(backbone)
-    layouts = {
-        size: feature_layout(backbone, size, config.backbone.cls_token) for size in config.grid.target_size
-    }
-    for work, split, size in folders:
-        manifest = feature_manifest(work, split, size, layouts[size], backbone.weights, cost)
-        run.write_json(manifest_file(work, split, size), manifest)
 
 
-def manifest_file(work: TaskData, split: Split, target_size: int) -> str:
-    """The file that says what a folder of features holds; readers of Parquet skip its name."""
-    return f"{work.feature_folder(split, target_size)}/_manifest.json"
+def make_features(session: Session, gaps: Sequence[Gap], advance: Advance) -> None:
+    """Write the rows that are missing; one forward pass serves all target sizes."""
+    missing = shards(gaps, session.config.resources.shard_size)
+    process_shards(session, missing, partial(FeatureWriter, session.run, session.config), advance)
 
 
-def read_manifest(work: TaskData, run: RunDirectory) -> dict[str, Any]:
-    """What is said of the features of a task's training images; the backbone and its cost among it."""
-    name = manifest_file(work, "train", work.config.grid.target_size[0])
-    run.require([name], "extract")
-    manifest: dict[str, Any] = run.read_json(name)
-    return manifest
-
-
-def _is_described(run: RunDirectory, work: TaskData, split: Split, target_size: int) -> bool:
-    name = manifest_file(work, split, target_size)
-    return run.exists(name) and run.read_json(name)["fingerprint"] == work.fingerprint
-
-
-def feature_manifest(
-    work: TaskData, split: Split, target_size: int, layout: FeatureLayout, weights: str, cost: BackboneCost
-) -> dict[str, Any]:
-    """What the features of a split are: files, taps, and everything that they come from."""
-    return {
-        "fingerprint": work.fingerprint,
-        "files": [name.rpartition("/")[2] for name in work.feature_files(split, target_size)],
-        "taps": dict(zip(layout.taps, layout.widths, strict=True)),
-        "n_features": layout.n_features,
-        "n_images": len(work.labels[split]),
-        "backbone": work.config.backbone.model_dump() | {"loaded": weights},
-        "cost": asdict(cost),
-        "images": work.source_of(split)[0].provenance(),
-        "packages": package_versions(),
-    }
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that the numbers depend on."""
-    return {name: version(name) for name in PACKAGES}
-
-
-def missing_shards(
-    config: Config, works: Sequence[TaskData], run: RunDirectory, console: Console | None = None
-) -> list[Shard]:
-    """Shards of training images of which a feature file is missing, whole tasks in order."""
-    missing, stale = [], 0
-    for work, split in [(each, split) for each in works for split in each.stored_splits]:
-        absent: set[str] = set()
-        for size in config.grid.target_size:
-            names, moved = run.reconcile(work.feature_folder(split, size), work.feature_files(split, size))
-            absent.update(names)
-            stale += moved
-        files = {
-            shard: {work.feature_file(shard, size) for size in config.grid.target_size}
-            for shard in work.shards(split)
-        }
-        missing += [shard for shard, names in files.items() if names & absent]
-    if stale and console:
-        console.print(f"{'extract':<9} {stale} files of another configuration moved to superseded/")
-    return missing
+def count_images(gaps: Sequence[Gap]) -> int:
+    """Images that go through the backbone, whatever the number of tables that lack them."""
+    return sum(len(shard.indices) for shard in shards(gaps, 1 << 30))
 
 
 class FeatureWriter:
@@ -136,20 +46,64 @@ class FeatureWriter:
 
     def __init__(self, run: RunDirectory, config: Config) -> None:
         self.run = run
-        self.features = FeatureReader(config, config.grid.target_size)
+        self.reader = FeatureReader(config, config.grid.target_size)
+        backbone = self.reader.backbone
         self.layouts = {
-            size: feature_layout(self.features.backbone, size, config.backbone.cls_token)
+            size: feature_layout(backbone, size, config.backbone.cls_token)
             for size in config.grid.target_size
         }
 
-    def __call__(self, work: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
-        """Write the shard's file of every target size."""
+    def __call__(self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
+        """Write the shard's file of every target size that lacks its rows."""
+        keys = (backbone_folder(task.config), task.name, shard.split)
+        embedding = self.reader.backbone.embedding
+        tables = {
+            name: FeatureTable(*keys, size, self.layouts[size], embedding) for size, name in shard.files
+        }
         write_features(
             self.run,
-            {size: work.feature_file(shard, size) for size in self.layouts},
-            self.layouts,
+            tables,
             index,
-            work.labels[shard.split][index],
-            self.features.read(images),
-            work.config.resources.feature_compression,
+            task.labels[shard.split][index],
+            self.reader.read(images),
+            task.config.resources.feature_compression,
         )
+
+
+def make_manifests(session: Session, tasks: Sequence[str], advance: Advance) -> None:
+    """Describe the features of every task: taps, backbone, its costs, images, packages."""
+    if not tasks:
+        return
+    config = session.config
+    backbone = load(config.backbone, weights="random")  # neither taps nor costs depend on the weights
+    cost = measure_backbone(backbone)
+    layouts = {
+        size: feature_layout(backbone, size, config.backbone.cls_token) for size in config.grid.target_size
+    }
+    section = config.backbone
+    weights = weights_identity(section.name, section.weights, section.sha256)
+    if section.weights != "random":
+        weights = f"{find_weights(name_in_timm(section.name), section.weights).name}, {weights}"
+    for task in map(session.tasks.__getitem__, tasks):
+        (name,) = manifest(task).units
+        content = {
+            "task": task.name,
+            "backbone": section.model_dump() | {"loaded": weights, "embedding": backbone.embedding},
+            "cost": asdict(cost),
+            "taps": {
+                str(size): dict(zip(layout.taps, layout.widths, strict=True))
+                for size, layout in layouts.items()
+            },
+            "images": task.sources["train"][0].provenance(),
+            "n_images": {split: len(labels) for split, labels in task.labels.items()},
+            "keys": {split: features_key(task, split) for split in task.stored_splits},
+            "packages": package_versions(),
+        }
+        session.run.write_json(name, content)
+
+
+STEPS = (
+    Step("extract", "images", feature_products, make_features, count_images),
+    Step("manifests", "manifests", lambda session: [manifest(task) for task in session.tasks.values()],
+         make_manifests, brief=True),
+)  # fmt: skip

@@ -19,36 +19,57 @@ from h2t.errors import UserError
 from h2t.features import FeatureLayout
 from pipelines.run_directory import RunDirectory
 
-KEYS = ("index", "label")
+KEYS = {
+    "backbone": pa.string(), "task": pa.string(), "split": pa.string(), "target_size": pa.int32(),
+    "index": pa.int32(), "label": pa.int32(),
+}  # fmt: skip
+"""Columns before the taps: where a row belongs, so that every file explains itself."""
+EMBEDDING = b"embedding"  # in the schema's metadata: the tap that a linear probe reads
 Compression = Literal["none", "zstd"]
 
 
-def feature_schema(layout: FeatureLayout) -> pa.Schema:
-    """The columns of a feature file: index and label int32, and a list of float32 per tap; no nulls."""
-    keys = [pa.field(name, pa.int32(), nullable=False) for name in KEYS]
-    value = pa.field("element", pa.float32(), nullable=False)
-    taps = [
-        pa.field(name, pa.list_(value, width), nullable=False)
-        for name, width in zip(layout.taps, layout.widths, strict=True)
-    ]
-    return pa.schema([*keys, *taps])
+@dataclass(frozen=True)
+class FeatureTable:
+    """A table of features without its rows: the keys that all rows share, the taps, the embedding's tap."""
 
+    backbone: str
+    task: str
+    split: str
+    target_size: int
+    layout: FeatureLayout
+    embedding: str
 
-def feature_table(
-    index: np.ndarray, labels: np.ndarray, taps: Sequence[torch.Tensor], layout: FeatureLayout
-) -> pa.Table:
-    """Rows as a table; ``taps`` are float32 [n, width] in the order of ``layout``."""
-    schema = feature_schema(layout)
-    columns = [pa.array(index, pa.int32()), pa.array(labels, pa.int32())]
-    for values, field in zip(taps, list(schema)[len(KEYS) :], strict=True):
-        flat = pa.array(values.cpu().contiguous().numpy().reshape(-1))
-        columns.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
-    return pa.Table.from_arrays(columns, schema=schema)
+    @property
+    def schema(self) -> pa.Schema:
+        """The keys, and a list of float32 per tap; no nulls."""
+        keys = [pa.field(name, kind, nullable=False) for name, kind in KEYS.items()]
+        value = pa.field("element", pa.float32(), nullable=False)
+        taps = [
+            pa.field(name, pa.list_(value, width), nullable=False)
+            for name, width in zip(self.layout.taps, self.layout.widths, strict=True)
+        ]
+        return pa.schema([*keys, *taps], metadata={EMBEDDING: self.embedding})
+
+    def rows(self, index: np.ndarray, labels: np.ndarray, taps: Sequence[torch.Tensor]) -> pa.Table:
+        """Rows of the table: ``index``, ``labels`` int [n], ``taps`` float32 [n, width] each, in order."""
+        schema = self.schema
+        shared = (self.backbone, self.task, self.split, self.target_size)
+        columns = [pa.repeat(pa.scalar(value, field.type), len(index))
+                   for value, field in zip(shared, schema, strict=False)]  # fmt: skip
+        columns += [pa.array(index, pa.int32()), pa.array(labels, pa.int32())]
+        for values, field in zip(taps, list(schema)[len(KEYS) :], strict=True):
+            flat = pa.array(values.cpu().contiguous().numpy().reshape(-1))
+            columns.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+        return pa.Table.from_arrays(columns, schema=schema)
 
 
 def parquet_options(layout: FeatureLayout, compression: Compression = "none") -> dict[str, Any]:
     """How feature tables are encoded."""
-    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    options: dict[str, Any] = {
+        "compression": "none",
+        "use_dictionary": [*KEYS][:4],
+        "write_statistics": False,
+    }
     if compression == "zstd":
         split = [f"{name}.list.element" for name in layout.taps]
         options |= {"compression": "zstd", "compression_level": 1, "use_byte_stream_split": split}
@@ -57,78 +78,77 @@ def parquet_options(layout: FeatureLayout, compression: Compression = "none") ->
 
 def write_features(
     run: RunDirectory,
-    names: Mapping[int, str],
-    layouts: Mapping[int, FeatureLayout],
+    tables: Mapping[str, FeatureTable],
     index: np.ndarray,
     labels: np.ndarray,
     batches: Iterable[Mapping[int, Sequence[torch.Tensor]]],
     compression: Compression = "none",
 ) -> None:
-    """Write one feature file per target size, each whole or not at all.
+    """Write one feature file per table, by name, each whole or not at all.
 
-    ``names`` and ``layouts``: by target size; ``index``, ``labels`` integer [n]: of all rows; ``batches``:
-    the features of consecutive rows, per target size one float32 [b, width] per tap. A batch becomes a row
-    group and is written by a thread while the next one is computed, so memory holds two batches.
+    ``index``, ``labels`` integer [n]: of all rows; ``batches``: the features of consecutive rows, per target
+    size one float32 [b, width] per tap. A batch becomes a row group and is written by a thread while the next
+    one is computed, so memory holds two batches.
     """
     with ExitStack() as files, ThreadPoolExecutor(1) as thread:
         writers = {}
-        for size, name in names.items():
-            sink, options = (
-                files.enter_context(run.writing(name)),
-                parquet_options(layouts[size], compression),
-            )
-            writers[size] = files.enter_context(
-                pq.ParquetWriter(sink, feature_schema(layouts[size]), **options)
-            )
+        for name, table in tables.items():
+            sink = files.enter_context(run.writing(name))
+            options = parquet_options(table.layout, compression)
+            writers[name] = files.enter_context(pq.ParquetWriter(sink, table.schema, **options))
         start, pending = 0, Future[None]()
         pending.set_result(None)
         for batch in batches:
             stop = start + len(next(iter(batch.values()))[0])
-            tables = {
-                size: feature_table(index[start:stop], labels[start:stop], batch[size], layouts[size])
-                for size in names
+            rows = {
+                name: table.rows(index[start:stop], labels[start:stop], batch[table.target_size])
+                for name, table in tables.items()
             }
             pending.result()
-            pending = thread.submit(_write_row_groups, writers, tables)
+            pending = thread.submit(_write_row_groups, writers, rows)
             start = stop
         pending.result()
 
 
-def _write_row_groups(writers: Mapping[int, pq.ParquetWriter], tables: Mapping[int, pa.Table]) -> None:
-    for size, table in tables.items():
-        writers[size].write_table(table)
+def _write_row_groups(writers: Mapping[str, pq.ParquetWriter], tables: Mapping[str, pa.Table]) -> None:
+    for name, table in tables.items():
+        writers[name].write_table(table)
 
 
 @dataclass(frozen=True)
 class FeatureMatrix:
     """Features of one task and target size: ``values`` float32 [n, n_features], rows by index.
 
-    ``index`` int32 [n] is the row in the source, ``labels`` int32 [n].
+    ``index`` int32 [n] is the row in the source, ``labels`` int32 [n]; ``embedding``: the tap that a linear
+    probe reads.
     """
 
     values: np.ndarray
     labels: np.ndarray
     index: np.ndarray
     layout: FeatureLayout
+    embedding: str
+
+    def rows_of(self, indices: np.ndarray) -> np.ndarray:
+        """Rows that hold the images ``indices``, in that order; skipped images are left out."""
+        rows = np.minimum(np.searchsorted(self.index, indices), len(self.index) - 1)
+        return rows[self.index[rows] == indices]
 
 
-def read_features(
-    run: RunDirectory, names: Sequence[str], taps: Sequence[str] | None = None
-) -> FeatureMatrix:
-    """Read feature files to one matrix, rows sorted by index; only the columns of ``taps`` where given.
+def read_features(run: RunDirectory, names: Sequence[str]) -> FeatureMatrix:
+    """Read feature files to one matrix, rows sorted by index.
 
-    Raises UserError without a file, for a tap that is not there, and for files of different taps.
+    Raises UserError without a file and for files of different taps.
     """
     if not names:
         raise UserError("expected at least one feature file, got none")
     with ExitStack() as opened:
         files = [opened.enter_context(run.open_table(name)) for name in names]
-        whole = _layout(files[0].schema_arrow)
+        layout = _layout(files[0].schema_arrow)
         for name, file in zip(names, files, strict=True):
-            if (found := _layout(file.schema_arrow)) != whole:
-                raise UserError(f"{name}: expected taps {whole}, found {found}")
-        layout = whole if taps is None else whole.subset(taps)
-        keys = [file.read(list(KEYS)) for file in files]
+            if (other := _layout(file.schema_arrow)) != layout:
+                raise UserError(f"{name}: expected taps {layout}, got {other}")
+        keys = [file.read(["index", "label"]) for file in files]
         index = np.concatenate([part["index"].to_numpy() for part in keys])
         labels = np.concatenate([part["label"].to_numpy() for part in keys])
         order = np.argsort(index, kind="stable")
@@ -139,7 +159,8 @@ def read_features(
             for tap, span in zip(layout.taps, layout.slices, strict=True):
                 _fill(values[:, span], table[tap], position[start : start + len(table)])
             start += len(table)
-    return FeatureMatrix(values, labels[order], index[order], layout)
+        embedding = files[0].schema_arrow.metadata[EMBEDDING].decode()
+    return FeatureMatrix(values, labels[order], index[order], layout, embedding)
 
 
 def _row_groups(files: Sequence[pq.ParquetFile], taps: Sequence[str]) -> Iterator[pa.Table]:
@@ -155,8 +176,10 @@ def _fill(target: np.ndarray, column: pa.ChunkedArray, position: np.ndarray) -> 
     for chunk in column.chunks:
         rows = chunk.flatten().to_numpy().reshape(len(chunk), -1)
         where = position[start : start + len(chunk)]
-        straight = len(where) and where[-1] - where[0] + 1 == len(where) and bool((np.diff(where) == 1).all())
-        target[slice(where[0], where[-1] + 1) if straight else where] = rows
+        contiguous = len(where) > 0 and bool((np.diff(where) == 1).all())
+        target[slice(where[0], where[-1] + 1) if contiguous else where] = (
+            rows  # a slice copies without an index
+        )
         start += len(chunk)
 
 

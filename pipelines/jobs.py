@@ -1,62 +1,111 @@
-"""Numbered pieces of work as trials of Ray Tune: side by side on reused actors, retried if a worker dies."""
+"""Jobs as trials of Ray Tune: side by side on reused actors, retried if a worker dies.
+
+A job's settings are the trial's configuration and its figures the trial's metrics, so that Tune's own tables
+and TensorBoard show the work. What Tune writes of each trial as text or for TensorBoard is kept in the run
+directory under ``tune/``; our results are files that the jobs write themselves.
+"""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 
 from h2t.errors import UserError
+from pipelines.run_directory import RunDirectory
+from pipelines.session import Session
+from pipelines.worker_errors import raise_user_error, user_error_of
+
+KEPT_LOGS = (
+    "params.json",
+    "result.json",
+    "progress.csv",
+    "events.out.tfevents.*",
+)  # Tune's others are pickles
 
 
-def run_trials(
-    piece: Callable[[int, dict[str, Any]], None],
-    shared: dict[str, Any],
-    n_pieces: int,
+@dataclass(frozen=True)
+class Job:
+    """Work of one Tune trial. ``name``: readable, part of file names; ``config``: plain values that say what
+    it is; ``work``: what ``run`` is given; ``n_units``: how far its end advances the progress."""
+
+    name: str
+    config: dict[str, Any]
+    work: Any
+    n_units: int = 1
+
+
+def run_jobs(
+    session: Session,
+    stage: str,
+    jobs: Sequence[Job],
+    run: Callable[[Any, Any], Iterator[dict[str, Any]]],
+    shared: Any,
     *,
     resources: dict[str, float],
-    at_once: int | None,
-    max_failures: int,
-    on_done: Callable[[int], None],
+    concurrent: int | None,
+    on_done: Callable[[Job], None],
 ) -> None:
-    """Call ``piece(number, shared)`` in a trial for every number below ``n_pieces``; it writes its own files.
+    """Call ``run(job.work, shared)`` in a trial for every job; what it yields are the trial's reports.
 
-    ``shared`` is stored once and read by all trials; ``at_once`` bounds the trials side by side (None: by
-    ``resources`` alone). Raises UserError for a user's mistake in a piece, or when pieces keep failing.
+    ``shared`` is stored once and read by all trials; ``concurrent`` bounds the trials side by side (None: by
+    ``resources`` alone). Raises UserError for a user's mistake in a job, or when jobs keep failing.
     """
+    by_name = {job.name: job for job in jobs}
 
-    def trainable(point: dict[str, int], piece: Any, shared: dict[str, Any]) -> None:
-        try:
-            piece(point["number"], shared)
-            tune.report({"mistake": ""})
-        except UserError as error:  # Tune would run the piece again, to the same end
-            tune.report({"mistake": str(error)})
+    def trainable(config: dict[str, Any], works: dict[str, Any], run: Any, shared: Any) -> None:
+        def work() -> None:
+            for metrics in run(works[config["job"]["name"]], shared):
+                tune.report({**metrics, "user_error": ""})
 
+        if user_error := user_error_of(work):
+            tune.report({"user_error": user_error})
+
+    works = {name: job.work for name, job in by_name.items()}
+    space = [{"name": job.name, **job.config} for job in jobs]
     with tempfile.TemporaryDirectory() as scratch:
         outcome = tune.Tuner(
-            tune.with_resources(tune.with_parameters(trainable, piece=piece, shared=shared), resources),
-            param_space={"number": tune.grid_search(list(range(n_pieces)))},
-            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once),
+            tune.with_resources(
+                tune.with_parameters(trainable, works=works, run=run, shared=shared), resources
+            ),
+            param_space={"job": tune.grid_search(space)},
+            tune_config=tune.TuneConfig(
+                reuse_actors=True,
+                max_concurrent_trials=concurrent,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
             run_config=tune.RunConfig(
-                name="trials",
+                name=stage,
                 storage_path=scratch,
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=max_failures),
-                callbacks=[_OnDone(on_done)],
+                failure_config=tune.FailureConfig(max_failures=session.config.resources.max_failures),
+                callbacks=[_OnDone(lambda name: on_done(by_name[name]))],
             ),
         ).fit()
-    mistakes = [result.metrics.get("mistake", "") for result in outcome if result.metrics]
-    if any(mistakes):
-        raise UserError(next(mistake for mistake in mistakes if mistake))
+        _keep_logs(Path(scratch, stage), session.run, f"tune/{stage}")
+    raise_user_error(str(result.metrics.get("user_error", "")) for result in outcome if result.metrics)
     if outcome.num_errors:
         first = str(outcome.errors[0])
         raise UserError(
-            f"{outcome.num_errors} of {n_pieces} trials failed; the first: {first}{_memory_advice(first)}"
+            f"{outcome.num_errors} of {len(jobs)} trials failed; the first: {first}{_memory_advice(first)}"
         )
 
 
+def _trial_name(trial: Any) -> str:
+    return str(trial.config["job"]["name"])
+
+
+def _keep_logs(folder: Path, run: RunDirectory, destination: str) -> None:
+    for pattern in KEPT_LOGS:
+        for path in folder.glob(f"*/{pattern}"):
+            run.write(f"{destination}/{path.relative_to(folder)}", path.read_bytes())
+
+
 def _memory_advice(error: str) -> str:
-    """What to do about a worker that Ray has killed for the memory it took; nothing for another error."""
+    """Advice for a worker that Ray has killed for the memory it took; nothing for another error."""
     if "memory" not in error.lower():
         return ""
     return (
@@ -66,11 +115,11 @@ def _memory_advice(error: str) -> str:
 
 
 class _OnDone(tune.Callback):
-    def __init__(self, on_done: Callable[[int], None]) -> None:
+    def __init__(self, on_done: Callable[[str], None]) -> None:
         self.on_done = on_done
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its callbacks at the start, for a way to resume that is not used here
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.on_done(trial.config["number"])
+        self.on_done(_trial_name(trial))

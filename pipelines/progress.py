@@ -48,6 +48,12 @@ class StageProgress:
             self.printed = time.monotonic()
             self.console.print(f"{self.stage}: {note}  {self.done}/{self.total} {self.unit}  {self._rate()}")
 
+    def show(self, note: str, done: int, total: int) -> None:
+        """Say how far the work is, where its end is not known beforehand."""
+        self.total = total
+        self.bar.update(self.task, total=total)
+        self.advance(done - self.done, note)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -1,60 +1,74 @@
-"""All stages in order, on one cluster, into one run directory."""
+"""Runs stages: finds out what is missing in the run directory and has it made."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import yaml
 from rich.console import Console
 
-from pipelines.cluster import Cluster, connect
-from pipelines.config import Config, fingerprint
-from pipelines.evaluate import evaluate
-from pipelines.extract import extract, package_versions
-from pipelines.finetune import finetune
-from pipelines.report import report
+from pipelines import evaluate, extract, finetune, sweep
+from pipelines.config import Config
+from pipelines.products import is_whole
+from pipelines.progress import StageProgress
 from pipelines.run_directory import RunDirectory
-from pipelines.sweep import sweep
-from pipelines.task_data import TaskData, open_tasks
+from pipelines.run_record import write_record
+from pipelines.session import Product, Session, Step
 
-STAGES: dict[str, Callable[..., Any]] = {
-    "extract": extract,
-    "sweep": sweep,
-    "evaluate": evaluate,
-    "finetune": finetune,
-    "report": report,
+STAGES: dict[str, Sequence[Step]] = {
+    "extract": extract.STEPS,
+    "sweep": sweep.STEPS,
+    "evaluate": evaluate.STEPS,
+    "finetune": finetune.STEPS,
 }
 
 
 def run_stages(
     config: Config, uri: str, stages: Sequence[str], console: Console, address: str | None = None
 ) -> dict[str, float]:
-    """Run some of the stages; wall seconds of each. A stage that is done says so and does nothing."""
-    run = RunDirectory(uri)
-    works = open_tasks(config)
-    write_config(config, run)
-    cluster = connect(address)
-    return {stage: _timed(STAGES[stage], config, works, run, cluster, console) for stage in stages}
+    """Run some of the stages, each as far as its files are missing; wall seconds of each.
+
+    Raises UserError for what the user can mend, before any work where it can be known by then.
+    """
+    session = Session(config, RunDirectory(uri), console, address)
+    _ = session.tasks  # images that are not there are told before anything is written
+    write_record(config, session.run)
+    seconds = {}
+    for stage in stages:
+        started = time.monotonic()
+        for step in STAGES[stage]:
+            run_step(session, step)
+        seconds[stage] = time.monotonic() - started
+    return seconds
 
 
-def _timed(
-    stage: Callable[..., Any],
-    config: Config,
-    works: list[TaskData],
-    run: RunDirectory,
-    cluster: Cluster,
-    console: Console,
-) -> float:
-    started = time.monotonic()
-    stage(config, works, run, cluster, console)
-    return time.monotonic() - started
+def run_step(session: Session, step: Step) -> int:
+    """Set aside what is stale or damaged and make what is missing; how many units that was."""
+    products = step.products(session)
+    missing = [unit for product in products for unit in _reconcile(session, step, product)]
+    total = step.count(missing)
+    if step.brief:
+        step.make(session, missing, lambda count, note: None)
+    elif missing:
+        with StageProgress(session.console, step.title, total, step.unit) as progress:
+            step.make(session, missing, progress.advance)
+    elif products:
+        session.console.print(f"{step.title:<9} nothing to do: all {step.unit} are there")
+    return total
 
 
-def write_config(config: Config, run: RunDirectory) -> None:
-    """Write the resolved configuration with its fingerprint and the versions of the packages."""
-    content = {
-        "fingerprint": fingerprint(config),
-        "packages": package_versions(),
-        "config": config.model_dump(mode="json"),
-    }
-    run.write("config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+def _reconcile(session: Session, step: Step, product: Product) -> list[Any]:
+    """The units that a product lacks, once its folder holds whole files of this configuration alone."""
+    run = session.run
+    stale = run.archive_all(
+        product.folder, lambda name: not product.is_current(run, name, name), "superseded"
+    )
+    run.restore_all(product.folder, partial(product.is_current, run), "superseded")
+    damaged = run.archive_all(product.folder, lambda name: not is_whole(run, name), "damaged")
+    if stale:
+        session.console.print(
+            f"{step.title:<9} {len(stale)} files of another configuration moved to superseded/"
+        )
+    for name in damaged:
+        session.console.print(f"{step.title:<9} {name} is damaged: moved to damaged/ and made again")
+    return product.missing(run, run.names(product.folder))

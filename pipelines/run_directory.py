@@ -1,15 +1,13 @@
-"""The run directory: where every file lies, how it is written whole, and what is missing.
+"""The run directory: files that are whole or absent, at a local path or in an object store.
 
-Every file name carries the fingerprint of what produced it, so a file is either exactly what the
-present configuration asks for or it is missing. Files of another configuration are set aside under
-``superseded/`` with their relative path, and come back from there when they are asked for again.
+``pipelines/artifacts.py`` says which files there are.
 """
 
 import io
 import json
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from pyarrow import fs
 from h2t.errors import UserError
 
 TEMPORARY = ".tmp-"  # readers of Parquet data sets skip names that start with a dot
-SUPERSEDED = "superseded"
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -40,14 +37,6 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
-
-
-def _with_plain_strings(schema: pa.Schema) -> pa.Schema:
-    """pandas has large strings, which pyarrow can't merge with the strings in a path (``task=…``)."""
-    for place, field in enumerate(schema):
-        if pa.types.is_large_string(field.type):
-            schema = schema.set(place, field.with_type(pa.string()))
-    return schema
 
 
 @dataclass(frozen=True)
@@ -97,20 +86,20 @@ class RunDirectory:
         with self.writing(name) as sink:
             pq.write_table(table, sink, **options)
 
-    def write_frame(self, name: str, frame: pd.DataFrame) -> None:
-        """Write a data frame as one Parquet file, whole or not at all."""
-        table = pa.Table.from_pandas(frame, preserve_index=False)
-        self.write_table(name, table.cast(_with_plain_strings(table.schema)), compression="zstd")
-
     def write_json(self, name: str, value: Any) -> None:
         """Write plain values as JSON, whole or not at all."""
         self.write(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
-    def read(self, name: str) -> bytes:
-        """The content of a file."""
+    def read(self, name: str, n_bytes: int | None = None) -> bytes:
+        """The content of a file, or its first ``n_bytes``."""
         filesystem, path = self._locate(name)
         with filesystem.open_input_file(path) as source:
-            return bytes(source.read())
+            return bytes(source.read(n_bytes))
+
+    def size(self, name: str) -> int:
+        """The number of bytes of a file."""
+        filesystem, path = self._locate(name)
+        return int(filesystem.get_file_info(path).size)
 
     def read_json(self, name: str) -> Any:
         """The plain values of a JSON file."""
@@ -130,21 +119,15 @@ class RunDirectory:
         filesystem, path = self._locate(name)
         return pq.ParquetFile(path, filesystem=filesystem)
 
-    def read_frame(self, names: Iterable[str]) -> pd.DataFrame:
+    def read_frame(self, names: Iterable[str], columns: list[str] | None = None) -> pd.DataFrame:
         """Parquet files as one data frame, in the order of ``names``; empty without any."""
-        frames = [self.read_table([name]).to_pandas() for name in names]
+        frames = [self.read_table([name], columns).to_pandas() for name in names]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
     def exists(self, name: str) -> bool:
         """Whether a file of that name is there."""
         filesystem, path = self._locate(name)
         return filesystem.get_file_info(path).type == fs.FileType.File
-
-    def require(self, names: Iterable[str], stage: str) -> None:
-        """Raise UserError that names the stage to run first, unless every file is there."""
-        for name in names:
-            if not self.exists(name):
-                raise UserError(f"{name} is missing in {self.uri}: run the {stage} stage first")
 
     def names(self, folder: str, recursive: bool = False) -> list[str]:
         """Names of the files in a folder, relative to the run directory, sorted."""
@@ -153,30 +136,28 @@ class RunDirectory:
         files = [info.path for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File]
         return sorted(f"{folder}/{file[len(path) :].lstrip('/')}" for file in files)
 
-    def reconcile(self, folder: str, expected: Iterable[str]) -> tuple[list[str], int]:
-        """Make a folder hold nothing but expected files; the expected ones that are missing.
+    def archive_all(self, folder: str, condition: Callable[[str], bool], archive: str) -> list[str]:
+        """Move the files of a folder that meet a condition to ``<archive>/<folder>``; their names.
 
-        Files of another configuration move to ``superseded/``, expected ones come back from there,
-        and temporary files of a killed writer are deleted. ``expected`` are names relative to the
-        run directory. Returns the missing names, in order, and how many files were set aside.
+        Temporary files of a writer that was killed are deleted.
         """
-        expected = list(expected)
-        wanted = set(expected)
-        stale = 0
-        for name in self.names(folder):
-            base = name.rpartition("/")[2]
-            if base.startswith(TEMPORARY):
-                self.delete(name)
-            elif name not in wanted and not base.startswith("_"):
-                self._move(name, f"{SUPERSEDED}/{name}")
-                stale += 1
+        names = self.names(folder)
+        temporary = [name for name in names if name.rpartition("/")[2].startswith(TEMPORARY)]
+        for name in temporary:
+            self.delete(name)
+        chosen = [name for name in names if name not in temporary and condition(name)]
+        for name in chosen:
+            self._move(name, f"{archive}/{name}")
+        return chosen
+
+    def restore_all(self, folder: str, condition: Callable[[str, str], bool], archive: str) -> list[str]:
+        """Take back files that are not in the folder and meet a condition on name and present location."""
         present = set(self.names(folder))
-        aside = set(self.names(f"{SUPERSEDED}/{folder}"))
-        for name in wanted - present:
-            if f"{SUPERSEDED}/{name}" in aside:
-                self._move(f"{SUPERSEDED}/{name}", name)
-                present.add(name)
-        return [name for name in expected if name not in present], stale
+        archived = (name.removeprefix(f"{archive}/") for name in self.names(f"{archive}/{folder}"))
+        names = [name for name in archived if name not in present and condition(name, f"{archive}/{name}")]
+        for name in names:
+            self._move(f"{archive}/{name}", name)
+        return names
 
     def _move(self, name: str, to: str) -> None:
         filesystem, source = self._locate(name)

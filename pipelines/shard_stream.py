@@ -1,212 +1,147 @@
 """One Ray Data pipeline: shards of images, decoded on CPU workers, into a fixed pool of actors.
 
-What travels: encoded bytes until the decoding task, uint8 pixels from there to the actor, one small
-manifest row back. What an actor computes it writes itself, so nothing large passes the object store.
+Encoded bytes travel to the decoding task, uint8 pixels from there to the actor, and one small row back. The
+actor writes its results itself, so nothing large passes the object store.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayError
-from rich.console import Console
 
+from h2t.backbones.loading import Backbone, default_device, load_backbone
+from h2t.backbones.tap_reader import TapReader
 from h2t.errors import UserError
-from h2t.images.preprocessing import Preprocessing, prepare
+from h2t.extraction import preprocessing_config
+from h2t.images.preprocessing import Preprocessing, prepare, to_batch
 from h2t.images.source import BadImage, BadRow
-from pipelines.backbone_actor import load, manifest_row, preprocessing_of, write_bad_rows
-from pipelines.cluster import POOL_NOISE, Cluster, backbone_actors, without_lines
-from pipelines.config import Config
-from pipelines.progress import StageProgress
+from pipelines.artifacts import BAD_ROWS, backbone_folder, bad_rows_file, write_rows
+from pipelines.cluster import POOL_NOISE, backbone_actors, without_line
+from pipelines.config import BackboneConfig, Config
+from pipelines.products import Shard
 from pipelines.run_directory import RunDirectory
-from pipelines.task_data import Shard, TaskData, refuse_bad_rows
+from pipelines.session import Advance, Session
+from pipelines.task_data import TaskData, refuse_bad_rows
+from pipelines.worker_errors import raise_user_error, user_error_of
 
-BAD_ROW = pa.struct(
-    [
-        ("task", pa.string()),
-        ("split", pa.string()),
-        ("index", pa.int32()),
-        ("path", pa.string()),
-        ("reason", pa.string()),
-    ]
-)
+# The fields of BadRow; the backbone is added when they are written.
+BAD_ROW = pa.struct([field for field in BAD_ROWS if field.name != "backbone"])
+
+
+class ShardStep(Protocol):
+    """The part of a stage that an actor does: from a decoded shard to files."""
+
+    def __call__(self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
+        """Write the shard's files from its images, uint8 [height, width, 3] each, and their indices int32."""
+        ...
+
+
+def process_shards(
+    session: Session, shards: Sequence[Shard], make_step: Callable[[], ShardStep], advance: Advance
+) -> None:
+    """Take every shard through a step in the actors.
+
+    Raises UserError when nothing moves, and one that lists the images that can't be read, where the recipe
+    refuses those.
+    """
+    bad: list[BadRow] = []
+    for row in stream_shards(session, shards, make_step):
+        raise_user_error([row["user_error"]])
+        bad += [BadRow(**problem) for problem in row["bad"]]
+        advance(row["n_images"] + len(row["bad"]), f"{row['task']}/{row['split']}")
+    if session.config.on_bad_image == "refuse":
+        refuse_bad_rows(bad)
 
 
 def stream_shards(
-    shards: Sequence[Shard],
-    works: Sequence[TaskData],
-    preprocessing: Preprocessing,
-    actor: Callable[..., Any],
-    arguments: dict[str, Any],
-    config: Config,
-    cluster: Cluster,
+    session: Session, shards: Sequence[Shard], make_step: Callable[[], ShardStep]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the manifest row of each shard as it is done, in any order.
-
-    ``actor`` is a class made with ``arguments``; its instances map one decoded shard (a table of one row,
-    see :func:`decode_shard`) to a table of one manifest row. Raises UserError when nothing moves.
-    """
-    count, gpus = backbone_actors(cluster, config.resources)
-    count = min(count, len(shards))
+    """Yield a row for each shard as it is done, in any order: task, split, n_images, bad, user_error."""
+    config = session.config
+    count, gpus = backbone_actors(session.cluster, config.resources)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = config.resources.no_progress_timeout_s
     rows = [{"shard": number} for number in range(len(shards))]
     # By reference: what is larger than a few kilobytes does not belong into the arguments of every task.
-    common = ray.put(
-        {"shards": list(shards), "works": {w.task.name: w for w in works}, "preprocessing": preprocessing}
-    )
+    shared = ray.put({
+        "shards": list(shards), "tasks": dict(session.tasks), "run": session.run,
+        "preprocessing": preprocessing_of(config.backbone),
+    })  # fmt: skip
     pipeline = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
-            decode_shard, batch_size=1, batch_format="pyarrow", fn_kwargs={"common": [common]}, num_cpus=1
+            decode_shard, batch_size=1, batch_format="pyarrow", fn_kwargs={"shared": [shared]}, num_cpus=1
         )
         .map_batches(
-            actor,
+            ShardActor,
             batch_size=1,
             batch_format="pyarrow",
-            fn_constructor_kwargs={"common": [common], **arguments},
-            compute=ActorPoolStrategy(size=count),
+            fn_constructor_kwargs={"shared": [shared], "make_step": make_step},
+            compute=ActorPoolStrategy(size=min(count, len(shards))),
             num_gpus=gpus or None,
             num_cpus=None if gpus else config.resources.cpus_per_actor,
         )
     )
-    rows_done = _clear_errors(pipeline.iter_rows(), config)
-    with without_lines(POOL_NOISE):  # said when the actors start
-        first = next(rows_done)
-    yield first
-    yield from rows_done
-
-
-def process_shards(
-    stage: str,
-    shards: Sequence[Shard],
-    works: Sequence[TaskData],
-    run: RunDirectory,
-    step: Callable[..., Any],
-    arguments: dict[str, Any],
-    config: Config,
-    cluster: Cluster,
-    console: Console,
-) -> int:
-    """Take every shard through ``step`` in the actors, with progress; how many images that were.
-
-    ``step`` is a class made in each actor with ``arguments``; its instances are called with (work, shard,
-    images uint8 [height, width, 3] each, their indices int32 [n]) and write what comes of them. Raises
-    UserError that lists the images that can't be read, where the recipe refuses those.
-    """
-    preprocessing = preprocessing_of(config.backbone, load(config.backbone))
-    parts = {"run": run, "step": step, "arguments": arguments}
-    n_images, bad = 0, []
-    with StageProgress(console, stage, sum(len(shard.indices) for shard in shards), "images") as progress:
-        for row in stream_shards(shards, works, preprocessing, ShardActor, parts, config, cluster):
-            if row["mistake"]:
-                raise UserError(row["mistake"])
-            n_images += row["n_images"]
-            bad += row["bad"]
-            progress.advance(row["n_images"] + len(row["bad"]), f"{row['task']}/{row['split']}")
-    if config.on_bad_image == "refuse":
-        refuse_bad_rows(BadRow(**row) for row in bad)
-    return n_images
+    rows_done = iter(pipeline.iter_rows())
+    try:
+        with without_line(POOL_NOISE):  # said when the actors start
+            first = next(rows_done)
+        yield first
+        yield from rows_done
+    except ray.data.exceptions.ExecutionTimeoutError:
+        raise UserError(
+            f"no shard moved for {config.resources.no_progress_timeout_s:.0f} s: the cluster is too small or "
+            f"busy, or one shard of {config.resources.shard_size} images takes longer than that; lower "
+            "resources.shard_size or resources.actors, or raise resources.no_progress_timeout_s"
+        ) from None
 
 
 class ShardActor:
-    """Actor: a decoded shard in, handed to the step of a stage, one manifest row out.
+    """Actor: a decoded shard in, handed to the step of a stage, one small row out."""
 
-    A user's mistake that only this node can see (no weights there, say) travels in the row: through Ray
-    Data an exception would lose its type and its cause.
-    """
-
-    def __init__(
-        self,
-        common: list[ray.ObjectRef],
-        run: RunDirectory,
-        step: Callable[..., Any],
-        arguments: dict[str, Any],
-    ) -> None:
-        known = ray.get(common[0])
-        self.run, self.shards, self.works = run, known["shards"], known["works"]
-        self.step: Any = None
-        self.mistake = ""
-        try:
-            self.step = step(**arguments)
-        except UserError as error:
-            self.mistake = str(error)
+    def __init__(self, shared: list[ray.ObjectRef], make_step: Callable[[], ShardStep]) -> None:
+        self.shared = ray.get(shared[0])
+        self.user_error = user_error_of(lambda: setattr(self, "step", make_step()))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Do the step, unless the recipe refuses bad rows and the shard has some."""
-        shard = self.shards[batch["shard"][0].as_py()]
-        mistake = self.mistake or batch["mistake"][0].as_py()
-        if mistake:
-            return manifest_row(shard, 0, [], mistake)
-        work = self.works[shard.task]
+        shard: Shard = self.shared["shards"][batch["shard"][0].as_py()]
+        task: TaskData = self.shared["tasks"][shard.task]
+        user_error = self.user_error or batch["user_error"][0].as_py()
         images, index = decoded_images(batch)
-        bad = write_bad_rows(self.run, work, shard, batch)
-        if bad and work.config.on_bad_image == "refuse":
-            return manifest_row(shard, 0, bad)
-        try:
-            self.step(work, shard, images, index)
-        except UserError as error:
-            return manifest_row(shard, 0, bad, str(error))
-        return manifest_row(shard, len(images), bad)
+        bad = batch["bad"][0].as_py()
+        if bad and task.config.on_bad_image == "skip":
+            write_bad_rows(self.shared["run"], task, shard, bad)
+        if not user_error and (not bad or task.config.on_bad_image == "skip"):
+            user_error = user_error_of(lambda: self.step(task, shard, images, index))  # type: ignore[attr-defined]
+        row = {"task": shard.task, "split": shard.split, "n_images": len(images), "bad": bad}
+        return pa.Table.from_pylist([{**row, "user_error": user_error}])
 
 
-def _clear_errors(rows: Iterable[dict[str, Any]], config: Config) -> Iterator[dict[str, Any]]:
-    try:
-        yield from rows
-    except ray.data.exceptions.ExecutionTimeoutError:
-        seconds = config.resources.no_progress_timeout_s
-        raise UserError(
-            f"no shard moved for {seconds:.0f} s: the cluster is too small or busy, or one shard of "
-            f"{config.resources.shard_size} images takes longer than that; lower resources.shard_size or "
-            "resources.actors, or raise resources.no_progress_timeout_s"
-        ) from None
-    except RayError as error:
-        raise user_cause(error) from error
+def write_bad_rows(run: RunDirectory, task: TaskData, shard: Shard, bad: Sequence[Mapping[str, Any]]) -> None:
+    """Write the list of a shard's images that are left out."""
+    rows = [{**row, "backbone": backbone_folder(task.config)} for row in bad]
+    write_rows(run, bad_rows_file(task, shard), BAD_ROWS, rows)
 
 
-def user_cause(error: BaseException) -> BaseException:
-    """The user's mistake inside a Ray error, where there is one; else the error itself."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            return UserError(str(getattr(cause, "cause", cause)))
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return error
-
-
-def decode_shard(batch: pa.Table, common: list[ray.ObjectRef]) -> pa.Table:
+def decode_shard(batch: pa.Table, shared: list[ray.ObjectRef]) -> pa.Table:
     """Read and decode one shard: pixels uint8 back to back, the height and width of each image, bad rows."""
-    known = ray.get(common[0])
+    known = ray.get(shared[0])
     number = batch["shard"][0].as_py()
-    shard = known["shards"][number]
-    try:
-        return _decoded(number, shard, known["works"][shard.task], known["preprocessing"])
-    except UserError as error:
-        return _decoded_table(number, [], [], [], str(error))
-
-
-def _decoded(number: int, shard: Shard, work: TaskData, preprocessing: Preprocessing) -> pa.Table:
-    bad = [row for row in work.bad_rows if row.split == shard.split and row.index in shard.indices]
-    usable = sorted(set(shard.indices) - {row.index for row in bad})
-    pixels, kept = [], []
-    for index, image in zip(usable, work.read(shard.split, usable), strict=True):
-        try:
-            pixels.append(np.ascontiguousarray(prepare(image, preprocessing)))
-            kept.append(index)
-        except BadImage as error:
-            bad.append(BadRow(shard.task, shard.split, index, error.path, error.reason))
-    return _decoded_table(number, pixels, kept, bad, "")
-
-
-def _decoded_table(
-    number: int, pixels: list[np.ndarray], kept: list[int], bad: list[BadRow], mistake: str
-) -> pa.Table:
+    shard: Shard = known["shards"][number]
+    pixels: list[np.ndarray] = []
+    kept: list[int] = []
+    bad: list[BadRow] = []
+    user_error = user_error_of(
+        lambda: _decode(shard, known["tasks"][shard.task], known["preprocessing"], pixels, kept, bad)
+    )
     flat = np.concatenate([image.reshape(-1) for image in pixels]) if pixels else np.empty(0, np.uint8)
     return pa.table(
         {
@@ -216,9 +151,28 @@ def _decoded_table(
             "height": pa.array([[image.shape[0] for image in pixels]], pa.list_(pa.int32())),
             "width": pa.array([[image.shape[1] for image in pixels]], pa.list_(pa.int32())),
             "bad": pa.array([[asdict(row) for row in bad]], pa.list_(BAD_ROW)),
-            "mistake": [mistake],
+            "user_error": [user_error],
         }
     )
+
+
+def _decode(
+    shard: Shard,
+    task: TaskData,
+    preprocessing: Preprocessing,
+    pixels: list[np.ndarray],
+    kept: list[int],
+    bad: list[BadRow],
+) -> None:
+    """Fill the lists with images, their indices, and the rows that are bad."""
+    bad += [row for row in task.bad_rows if row.split == shard.split and row.index in shard.indices]
+    usable = sorted(set(shard.indices) - {row.index for row in bad})
+    for index, image in zip(usable, task.read(shard.split, usable), strict=True):
+        try:
+            pixels.append(np.ascontiguousarray(prepare(image, preprocessing)))
+            kept.append(index)
+        except BadImage as error:
+            bad.append(BadRow(shard.task, shard.split, index, error.path, error.reason))
 
 
 def decoded_images(batch: pa.Table) -> tuple[list[np.ndarray], np.ndarray]:
@@ -231,3 +185,39 @@ def decoded_images(batch: pa.Table) -> tuple[list[np.ndarray], np.ndarray]:
         for end, h, w in zip(ends.tolist(), heights, widths, strict=True)
     ]
     return images, np.asarray(batch["index"][0].as_py(), np.int32)
+
+
+def load(config: BackboneConfig, device: str = "cpu", weights: str | None = None) -> Backbone:
+    """The backbone of a recipe, with its weights or others."""
+    return load_backbone(
+        config.name,
+        weights=weights or config.weights,
+        image_size=config.image_size,
+        taps=config.taps,
+        device=device,
+        precision=config.precision,
+        sha256=None if weights else config.sha256,
+    )
+
+
+def preprocessing_of(config: BackboneConfig) -> Preprocessing:
+    """How images reach the backbone of a recipe; no network is built to know it."""
+    return preprocessing_config(config.name, config.image_size, config.resize, config.normalization)
+
+
+class FeatureReader:
+    """A backbone with its hooks on one device; state of an actor."""
+
+    def __init__(self, config: Config, target_sizes: Sequence[int]) -> None:
+        torch.set_num_threads(config.resources.cpus_per_actor)
+        self.device = default_device()
+        self.backbone = load(config.backbone, self.device)
+        self.preprocessing = preprocessing_of(config.backbone)
+        self.taps = TapReader(self.backbone, target_sizes, config.backbone.cls_token)
+        self.images_per_forward = config.resources.images_per_forward
+
+    def read(self, images: list[np.ndarray]) -> Iterator[dict[int, list[torch.Tensor]]]:
+        """Features of each batch of images: per target size, one float32 [b, width] per tap."""
+        for start in range(0, len(images), self.images_per_forward):
+            chunk = images[start : start + self.images_per_forward]
+            yield self.taps(to_batch(chunk, self.preprocessing, self.device))

@@ -1,228 +1,203 @@
-"""Stage 2, Ray Tune: cross-validation of every method on frozen features, and the choice it makes."""
+"""Stage 2, Ray Tune: cross-validation of every method on frozen features, and the choice it makes.
+
+A trial is one point of a search space on one fold. Trials of the same features are trained together, and a
+trial of Ray Tune (a job) does one or several folds in turn: starting one costs a fraction of a second.
+"""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import ray
-import torch
-from rich.console import Console
 
-from h2t.features import select as select_features
-from h2t.head2toe import Head, fit
-from h2t.hyperparameters import Hyperparameters
-from h2t.methods import METHODS
+from h2t.features import keep_features
+from h2t.head2toe import Head
 from h2t.metrics import accuracy, cross_entropy
-from pipelines.cluster import Cluster, concurrent_trials, slots, trial_resources
-from pipelines.config import Config
+from pipelines.artifacts import (
+    CHOSEN,
+    TRIALS,
+    chosen_from_trials,
+    features,
+    task_columns,
+    trials,
+    write_frame,
+    write_rows,
+)
+from pipelines.choice import choose
+from pipelines.cluster import concurrent_trials, slots, trial_resources
 from pipelines.feature_cache import FeatureCache, cached_features
 from pipelines.feature_files import FeatureMatrix
-from pipelines.jobs import run_trials
-from pipelines.progress import StageProgress
+from pipelines.head_training import fit_heads
+from pipelines.jobs import Job, run_jobs
+from pipelines.products import Files, Trial, TrialFiles
 from pipelines.run_directory import RunDirectory
-from pipelines.task_data import TaskData, Trial, backbone_folder
+from pipelines.session import Advance, Session, Step
+from pipelines.task_data import TaskData
 
-PACKS_PER_SLOT = 4
-SETTINGS = ["method", "target_size", "learning_rate", "steps", "coefficient", "keep_fraction"]
-
-
-def sweep(
-    config: Config, works: Sequence[TaskData], run: RunDirectory, cluster: Cluster, console: Console
-) -> int:
-    """Run the trials that are missing and write the settings they select; how many trials ran."""
-    missing, stale = [], 0
-    for work in works:
-        expected = [trial.file for trial in work.trials()]
-        absent, moved = run.reconcile(f"{work.folder('trials')}/kind=frozen", expected)
-        stale += moved
-        missing += [trial for trial in work.trials() if trial.file in set(absent)]
-    if stale:
-        console.print(f"{'sweep':<9} {stale} files of another configuration moved to superseded/")
-    if missing:
-        for work in works:
-            for size in config.grid.target_size:
-                run.require(work.feature_files(work.fold_split, size), "extract")
-        _run_trials(config, works, missing, run, cluster, console)
-    else:
-        console.print(f"{'sweep':<9} nothing to do: all trials are there")
-    for work in works:
-        if work.trials():
-            write_selected(work, run)
-    return len(missing)
+JOBS_PER_SLOT = 4
 
 
-def _run_trials(
-    config: Config,
-    works: Sequence[TaskData],
-    trials: list[Trial],
-    run: RunDirectory,
-    cluster: Cluster,
-    console: Console,
-) -> None:
+@dataclass(frozen=True)
+class Pack:
+    """Trials of one task, target size and fold, trained together to one file."""
+
+    trials: tuple[Trial, ...]
+    file: str
+
+    @property
+    def target_size(self) -> int:
+        """That of the features, which all trials share."""
+        return self.trials[0].point.target_size
+
+
+def trial_products(session: Session) -> list[TrialFiles]:
+    """The cross-validation of every task that has methods on frozen features."""
+    return [product for task in session.tasks.values() if (product := trials(task)).trials]
+
+
+def make_trials(session: Session, missing: Sequence[Trial], advance: Advance) -> None:
+    """Train the missing trials as jobs of Ray Tune."""
+    config, cluster, run = session.config, session.cluster, session.run
     resources = trial_resources(cluster, config.resources)
-    at_once = concurrent_trials(cluster, config.resources)
-    packs = packed(trials, at_once or slots(cluster, resources))
-    by_name = {work.task.name: work for work in works}
-    cache = FeatureCache.options(num_cpus=0).remote(run, by_name)  # type: ignore[attr-defined]
+    concurrent = concurrent_trials(cluster, config.resources)
+    packs = packed(session, missing)
+    files = {
+        (pack.trials[0].task, pack.target_size): features(task, task.fold_split, pack.target_size).names(run)
+        for pack in packs
+        for task in [session.tasks[pack.trials[0].task]]
+    }
+    cache = FeatureCache.options(num_cpus=0).remote(run, files)  # type: ignore[attr-defined]
     try:
-        with StageProgress(console, "sweep", len(trials), "trials") as progress:
-            run_trials(
-                _run_pack,
-                {"packs": packs, "works": by_name, "run": run, "cache": cache},
-                len(packs),
-                resources=resources,
-                at_once=at_once,
-                max_failures=config.resources.max_failures,
-                on_done=lambda number: progress.advance(len(packs[number]), packs[number][0].task),
-            )
+        run_jobs(
+            session,
+            "sweep",
+            as_jobs(packs, concurrent or slots(cluster, resources)),
+            run_packs,
+            {"tasks": dict(session.tasks), "run": run, "cache": cache},
+            resources=resources,
+            concurrent=concurrent,
+            on_done=lambda job: advance(job.n_units, job.config["task"]),
+        )
     finally:
         ray.kill(cache)
 
 
-def packed(trials: Sequence[Trial], n_slots: int) -> list[list[Trial]]:
-    """Folds of the same features that one Tune trial does in turn.
-
-    Starting a trial costs a fraction of a second, so many short ones are packed; but every slot gets several
-    packs, so that none waits long for the last one.
-    """
-    size = max(1, len(trials) // (n_slots * PACKS_PER_SLOT))
-    together = groupby(trials, lambda trial: (trial.task, trial.settings[0].target_size))
+def packed(session: Session, missing: Sequence[Trial]) -> list[Pack]:
+    """Trials of equal task, target size and fold, at most ``resources.points_per_trial`` together."""
+    products = {task.name: trials(task) for task in session.tasks.values()}
     packs = []
-    for _, group in together:
-        members = list(group)
-        packs += [members[start : start + size] for start in range(0, len(members), size)]
+    for (task, _, _), group in groupby(missing, lambda t: (t.task, t.point.target_size, t.fold)):
+        members = tuple(group)
+        size = session.config.resources.points_per_trial or len(members)
+        for start in range(0, len(members), size):
+            chunk = members[start : start + size]
+            packs.append(Pack(chunk, products[task].name(chunk)))
     return packs
 
 
-def _run_pack(number: int, shared: dict[str, Any]) -> None:
-    for trial in shared["packs"][number]:
-        work: TaskData = shared["works"][trial.task]
-        if shared["run"].exists(trial.file):
+def as_jobs(packs: Sequence[Pack], n_slots: int) -> list[Job]:
+    """Jobs that do packs of the same features in turn.
+
+    Many short packs share a job; but every slot gets several jobs, so that none waits long for the last one.
+    """
+    size = max(1, len(packs) // (n_slots * JOBS_PER_SLOT))
+    jobs = []
+    for (task, target_size), group in groupby(packs, lambda pack: (pack.trials[0].task, pack.target_size)):
+        members = list(group)
+        for start in range(0, len(members), size):
+            chunk = members[start : start + size]
+            folds = sorted({pack.trials[0].fold for pack in chunk})
+            config = {"task": task, "target_size": target_size, "folds": folds,
+                      "points": [asdict(trial.point) for trial in chunk[0].trials]}  # fmt: skip
+            name = f"{task}-T{target_size}-folds-{'-'.join(map(str, folds))}-{start:03d}"
+            jobs.append(Job(name, config, chunk, sum(len(pack.trials) for pack in chunk)))
+    return jobs
+
+
+def run_packs(packs: Sequence[Pack], shared: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Train packs in turn, each to its file; yield what Tune shows of each."""
+    run: RunDirectory = shared["run"]
+    for pack in packs:
+        if run.exists(pack.file):
             continue  # done before the worker of an earlier attempt died
-        torch.set_num_threads(work.config.resources.cpus_per_trial)
-        matrix = cached_features(shared["cache"], trial.task, trial.settings[0].target_size)
-        shared["run"].write_frame(trial.file, run_trial(work, trial, matrix))
+        task: TaskData = shared["tasks"][pack.trials[0].task]
+        rows = run_trials(task, pack.trials, cached_features(shared["cache"], task.name, pack.target_size))
+        write_rows(run, pack.file, TRIALS, rows)
+        best = max(rows, key=lambda row: row["validation_accuracy"])
+        yield {
+            "fold": best["fold"],
+            "n_points": len(rows),
+            "best_validation_accuracy": best["validation_accuracy"],
+            "best_method": best["method"],
+        }
 
 
-def run_trial(work: TaskData, trial: Trial, matrix: FeatureMatrix) -> pd.DataFrame:
-    """Train all settings of a trial on its fold; one row each, in the order of the settings."""
-    train, validation = (rows_of(matrix, rows) for rows in work.fold(trial.fold))
+def run_trials(task: TaskData, members: Sequence[Trial], matrix: FeatureMatrix) -> list[dict[str, Any]]:
+    """Train points on their fold; one row of ``artifacts.TRIALS`` each, in their order."""
+    train, validation = (matrix.rows_of(rows) for rows in task.fold(members[0].fold))
     started = time.perf_counter()
-    held_out = _HeldOut(matrix.values[validation], matrix.labels[validation])
-    rows = {}
-    for head in fit_heads(work, matrix, train, trial.settings, [work.config.seed]):
-        rows[head.settings] = held_out.score(head)
-    seconds = (time.perf_counter() - started) / len(trial.settings)
-    constant = {
-        "backbone": backbone_folder(work.config),
-        "task": work.task.name,
-        "group": work.task.group,
-        "fold": trial.fold,
-        "seed": work.config.seed,
-        "n_features": matrix.layout.n_features,
-        "n_validation": len(validation),
-        "seconds": seconds,
-        "status": "done",
-        "fold_scheme": work.config.cross_validation.scheme,
-        "fingerprint": trial.file.rpartition("-")[2].removesuffix(".parquet"),
+    validation_set = ValidationSet(matrix.values[validation], matrix.labels[validation])
+    seed = task.config.seed
+    scores = {
+        head.hyperparameters: validation_set.score(head)
+        for head in fit_heads(task, matrix, train, [trial.point for trial in members], [seed])
     }
-    return pd.DataFrame([{**asdict(settings), **rows[settings], **constant} for settings in trial.settings])
+    seconds = (time.perf_counter() - started) / len(members)
+    return [
+        {
+            **task_columns(task),
+            **asdict(trial.point),
+            **scores[trial.point],
+            "fold": trial.fold,
+            "seed": seed,
+            "status": "done",
+            "n_validation": len(validation),
+            "n_features": matrix.layout.n_features,
+            "seconds": seconds,
+            "fold_scheme": task.config.cross_validation.scheme,
+            "trial": trial.key,
+        }
+        for trial in members
+    ]
 
 
-class _HeldOut:
-    """Validation rows; heads in a row that keep the same features share the selection of these."""
+class ValidationSet:
+    """Validation rows. The kept columns are cached: consecutive heads often keep the same features."""
 
-    def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
-        self.features, self.labels = features, labels
+    def __init__(self, values: np.ndarray, labels: np.ndarray) -> None:
+        self.values, self.labels = values, labels
         self.kept: np.ndarray | None = None
 
     def score(self, head: Head) -> dict[str, Any]:
-        if head.kept is not self.kept:
+        """Accuracy (a fraction of 1), loss (nats) and number of kept features of a head."""
+        if self.kept is None or not np.array_equal(head.kept, self.kept):
             self.kept = head.kept
-            self.chosen = select_features(self.features, head.layout, head.kept)
-        logits = self.chosen @ head.weight + head.bias
+            self.kept_values = keep_features(self.values, head.layout, head.kept)
+        logits = self.kept_values @ head.weight + head.bias
         return {
             "validation_accuracy": accuracy(self.labels, logits.argmax(1)),
             "validation_loss": cross_entropy(logits, self.labels),
             "n_kept": len(head.kept),
+            "train_loss": head.train_loss,
         }
 
 
-def rows_of(matrix: FeatureMatrix, indices: np.ndarray) -> np.ndarray:
-    """Rows of the matrix that hold the images ``indices``, in that order; skipped images are left out."""
-    place = np.minimum(np.searchsorted(matrix.index, indices), len(matrix.index) - 1)
-    return place[matrix.index[place] == indices]
+def choice_products(session: Session) -> list[Files]:
+    """The chosen hyperparameters of every task that has methods on frozen features."""
+    return [product for task in session.tasks.values() if (product := chosen_from_trials(task)).units]
 
 
-def fit_heads(
-    work: TaskData,
-    matrix: FeatureMatrix,
-    rows: np.ndarray,
-    settings: Sequence[Hyperparameters],
-    seeds: Sequence[int],
-) -> Any:
-    """Train heads on some rows of a task's features with the recipe's batch size, precision and memory."""
-    config = work.config
-    return fit(
-        matrix.values,
-        matrix.labels,
-        matrix.layout,
-        settings,
-        rows=rows,
-        n_classes=work.n_classes,
-        embedding="pre_logits",
-        seeds=seeds,
-        batch_size=config.batch_size,
-        memory_budget=int(config.resources.memory_per_trial_gb * 2**30),
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        dtype=config.head_dtype,
-    )
+def make_choices(session: Session, tasks: Sequence[str], advance: Advance) -> None:
+    """Choose the hyperparameters of every method of a task from its trials."""
+    for task in map(session.tasks.__getitem__, tasks):
+        (name,) = chosen_from_trials(task).units
+        write_frame(session.run, name, CHOSEN, choose(trials(task).read(session.run)))
 
 
-def select(trials: pd.DataFrame) -> pd.DataFrame:
-    """The settings with the highest mean validation accuracy for each (backbone, task, method).
-
-    Ties go to the lower mean validation loss, then to the earlier point of the grid.
-    """
-    keys = ["backbone", "task", "group"]
-    done = trials[trials["status"] == "done"]
-    means = done.groupby([*keys, *SETTINGS], sort=False).agg(
-        validation_std=("validation_accuracy", "std"),
-        validation_accuracy=("validation_accuracy", "mean"),
-        validation_loss=("validation_loss", "mean"),
-        n_folds=("fold", "nunique"),
-    )
-    means = means.reset_index()
-    best = means.sort_values(
-        ["validation_accuracy", "validation_loss"], ascending=[False, True], kind="stable"
-    )
-    chosen = best.groupby([*keys, "method"], sort=False).head(1).copy()
-    counts = means.groupby([*keys, "method"]).size().rename("n_candidates").reset_index()
-    chosen = chosen.merge(counts, on=[*keys, "method"])
-    order = {name: place for place, name in enumerate(METHODS)}
-    return chosen.sort_values("method", key=lambda names: names.map(order)).reset_index(drop=True)
-
-
-def selected_file(work: TaskData) -> str:
-    """Where the chosen settings of a task lie."""
-    return work.file("selected", "frozen", "selected.parquet", [trial.file for trial in work.trials()])
-
-
-def write_selected(work: TaskData, run: RunDirectory) -> None:
-    """Choose the settings of every method of a task from its trials, where that was not done yet."""
-    name = selected_file(work)
-    missing, _ = run.reconcile(name.rpartition("/")[0], [name])
-    if missing:
-        run.write_frame(name, select(run.read_frame(trial.file for trial in work.trials())))
-
-
-def read_selected(work: TaskData, run: RunDirectory) -> list[Hyperparameters]:
-    """The chosen settings of every method of a task."""
-    frame = run.read_frame([selected_file(work)])
-    return [
-        Hyperparameters(**{key: row[key] for key in SETTINGS}) for row in frame[SETTINGS].to_dict("records")
-    ]
+STEPS = (
+    Step("sweep", "trials", trial_products, make_trials),
+    Step("choice", "choices", choice_products, make_choices, brief=True),
+)

@@ -1,4 +1,4 @@
-"""Finds the taps of any timm model by watching one forward pass of blank images."""
+"""Find the taps of any timm model by watching one forward pass of blank images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ NORMS_OF_LAST_AXIS = ("LayerNorm", "RmsNorm", "RMSNorm", "SimpleNorm")
 
 
 def discover_taps(model: nn.Module, image_size: int) -> tuple[Tap, ...]:
-    """The taps of a model in the order of its forward pass.
+    """Find the taps of a model, in the order of its forward pass.
 
-    They are the output of every normalisation layer, or of the activation function that reads it directly
+    They are the output of every normalization layer, or of the activation function that reads it directly
     where one does; of every other activation function; the input of the classifier, `pre_logits`; and
     `logits`. Left out are activations of one position (the gates of squeeze-and-excitation, what follows the
     global pooling), and those not laid out over the image: attention heads, windows moved to the batch axis,
@@ -35,7 +35,7 @@ def discover_taps(model: nn.Module, image_size: int) -> tuple[Tap, ...]:
 
 
 def fused_modules(model: nn.Module) -> frozenset[str]:
-    """The modules that normalise and then activate."""
+    """The modules that normalize and then activate."""
     return frozenset(
         name for name, module in model.named_modules() if _is_norm(module) and hasattr(module, "act")
     )
@@ -43,7 +43,7 @@ def fused_modules(model: nn.Module) -> frozenset[str]:
 
 @dataclass
 class _Watcher:
-    """What has been seen of a forward pass so far."""
+    """The record of a forward pass so far: its taps, and what tells the layout of the next activation."""
 
     classifier: str
     taps: list[Tap] = field(default_factory=list)
@@ -126,7 +126,7 @@ def _tap(module: str, call: int, form: Form) -> Tap:
 
 
 def _form(activation: Tensor, channels_last: bool) -> Form | None:
-    """How the activation of a square image is laid out; None where it is not laid out over the image."""
+    """The layout of a square image's activation; None where that is not laid out over the image."""
     if activation.shape[0] != PROBE_BATCH:
         return None
     if activation.ndim == 3:

@@ -1,4 +1,4 @@
-"""A frozen timm model with its image size, the normalisation of its input, and its ordered taps."""
+"""A frozen timm model with its image size, the normalization of its input, and its ordered taps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +10,19 @@ import torch
 from torch import nn
 
 from h2t.backbones.auto_taps import discover_taps, fused_modules
-from h2t.backbones.presets import FUSED_VARIANTS, PRESET_VARIANTS, PRESETS, Preset, with_input
-from h2t.backbones.pretrained import find_weights, is_shipped_form, read_state_dict, timm_names
+from h2t.backbones.presets import FUSED_VARIANTS, PRESET_VARIANTS, PRESETS, Preset, name_in_timm, with_input
+from h2t.backbones.pretrained import (
+    RANDOM_SEED,
+    find_weights,
+    is_shipped_form,
+    random_identity,
+    read_state_dict,
+    timm_names,
+)
 from h2t.backbones.tap import Tap
 from h2t.errors import UserError, unknown
 
-__all__ = ["Backbone", "Tap", "load_backbone", "preset_names"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RANDOM_SEED = 0
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -40,9 +44,22 @@ class Backbone:
     weights: str
 
 
-def preset_names() -> list[str]:
-    """The backbones that have a name of their own; any model of timm goes by its name there."""
-    return list(PRESETS)
+def default_device() -> str:
+    """The GPU where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def input_config(name: str, image_size: int | None = None) -> tuple[int, Any]:
+    """Pixels a side of a backbone's input (None: its own), and timm's description of the model, not built.
+
+    Raises UserError for an unknown name and for an image without pixels.
+    """
+    from timm import get_pretrained_cfg  # here: it takes seconds, which most workers have no use for
+
+    config = get_pretrained_cfg(name_in_timm(name))
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size: expected 1 pixel or more, got {image_size}")
+    return image_size or (PRESETS[name].image_size if name in PRESETS else config.input_size[-1]), config
 
 
 def load_backbone(
@@ -52,55 +69,37 @@ def load_backbone(
     image_size: int | None = None,
     taps: str = "auto",
     device: str | torch.device = "cpu",
-    dtype: str = "float32",
+    precision: str = "float32",
     sha256: str | None = None,
     seed: int = RANDOM_SEED,
 ) -> Backbone:
-    """A backbone by the name of a preset (which comes before timm's) or of any timm model, with a tag or not.
+    """Load a preset, or any model of timm by its name there, with a weights tag or not; presets come first.
 
     ``weights``: "auto" (those of an installed package or of the model hub), "random" (drawn by ``seed``: the
     same every time), or the path of a .safetensors or .pth file or of a directory that holds one. ``sha256``:
     what the file must have. ``image_size``: pixels a side; None is the model's own. ``taps``: "auto";
     "with_input", "pre_normalization", "pre_activation" (Table 6); "paper", "figure6" (resnet50), "paper",
-    "appendix_c" (vitb16). ``dtype``: of weights and activations; features are float32.
+    "appendix_c" (vitb16). ``precision``: "float32" or "bfloat16", of weights and activations; features are
+    float32.
 
     Raises UserError for an unknown name or variant, and for weights that cannot be had or do not fit.
     """
-    from timm import get_pretrained_cfg  # here: it takes seconds, which most workers have no use for
-
-    preset = PRESETS.get(name)
-    timm_name = preset.timm_name if preset else _checked_timm_name(name)
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    if image_size is not None and image_size < 1:
-        raise UserError(f"image_size: expected 1 pixel or more, got {image_size}")
-    config = get_pretrained_cfg(timm_name)
-    own_size = config.input_size[-1]
-    size = image_size or (preset.image_size if preset else own_size)
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    size, config = input_config(name, image_size)
+    timm_size = config.input_size[-1]
     # Only some models are built for one size; to the others an img_size would be an unknown argument.
-    arguments = {"img_size": size} if config.fixed_input_size and size != own_size else {}
+    arguments = {"img_size": size} if config.fixed_input_size and size != timm_size else {}
     with _naming_image_size(name, size):
-        model, provenance = _create(timm_name, weights, sha256, arguments, seed)
-        if size != own_size:
+        model, provenance = _create(name_in_timm(name), weights, sha256, arguments, seed)
+        if size != timm_size:
             with torch.inference_mode():
                 model.eval()(torch.zeros(1, 3, size, size))
     model.eval().requires_grad_(False)
-    chosen = _taps(model, name, preset, taps, size if config.fixed_input_size else own_size)
-    model.to(device, DTYPES[dtype]).to(memory_format=torch.channels_last)
-    embedding = "pre_logits" if any(tap.name == "pre_logits" for tap in chosen) else chosen[-1].name
-    return Backbone(name, model, chosen, size, config.mean, config.std, embedding, provenance)
-
-
-def _checked_timm_name(name: str) -> str:
-    from timm import is_model, list_models, list_pretrained
-
-    architecture, _, tag = name.partition(".")
-    if not is_model(architecture):
-        raise unknown("backbone", name, [*PRESETS, *list_models(f"{architecture[:4]}*")][:40])
-    tags = [full.partition(".")[2] for full in list_pretrained(f"{architecture}.*")]
-    if tag and tag not in tags:
-        raise unknown(f"weights tag of {architecture}", tag, tags)
-    return name
+    taps_read = _taps(model, name, taps, size if config.fixed_input_size else timm_size)
+    model.to(device, PRECISIONS[precision]).to(memory_format=torch.channels_last)
+    embedding = "pre_logits" if any(tap.name == "pre_logits" for tap in taps_read) else taps_read[-1].name
+    return Backbone(name, model, taps_read, size, config.mean, config.std, embedding, provenance)
 
 
 @contextmanager
@@ -120,18 +119,17 @@ def _create(
     """The model and the provenance of its weights."""
     create = partial(_seeded_model, timm_name, arguments, seed)
     if weights == "random":
-        if sha256:
-            raise UserError("a sha256 was given, but random weights have no file: leave one of the two out")
-        return create(), f"random, seed {seed}"
+        provenance = random_identity(seed, sha256)
+        return create(), provenance
     path = find_weights(timm_name, weights)
-    state, found = read_state_dict(path, sha256)
+    state, digest = read_state_dict(path, sha256)
     try:
         if is_shipped_form(state):
             state = timm_names(state, create())
         model = create(pretrained=True, pretrained_cfg_overlay={"state_dict": state})
     except (RuntimeError, KeyError, IndexError, ValueError) as error:
         raise UserError(f"weights '{path}' do not fit {timm_name}: {error}") from error
-    return model, f"{path.name}, sha256 {found}"
+    return model, f"{path.name}, sha256 {digest}"
 
 
 def _seeded_model(timm_name: str, arguments: dict[str, Any], seed: int, **pretrained: Any) -> nn.Module:
@@ -143,13 +141,11 @@ def _seeded_model(timm_name: str, arguments: dict[str, Any], seed: int, **pretra
         return create_model(timm_name, **arguments, **pretrained)
 
 
-def _taps(
-    model: nn.Module, name: str, preset: Preset | None, variant: str, image_size: int
-) -> tuple[Tap, ...]:
-    taps = preset.taps if preset and preset.taps else discover_taps(model, image_size)
+def _taps(model: nn.Module, name: str, variant: str, image_size: int) -> tuple[Tap, ...]:
+    preset = PRESETS.get(name, Preset(name, image_size))
+    taps = preset.taps or discover_taps(model, image_size)
     fused = fused_modules(model) & {tap.module for tap in taps}
-    own = preset.variants if preset else ()
-    offered = ("auto", *own, "with_input", *(FUSED_VARIANTS if fused else ()))
+    offered = ("auto", *preset.variants, "with_input", *(FUSED_VARIANTS if fused else ()))
     if variant not in offered:
         raise unknown(f"taps of {name}", variant, offered)
     if variant in FUSED_VARIANTS:

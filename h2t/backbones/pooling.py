@@ -36,7 +36,7 @@ def pool(activation: Tensor, target_size: int, cls_token: ClassToken = "normal")
 def pool_to_all(
     activation: Tensor, target_sizes: Sequence[int], cls_token: ClassToken = "normal"
 ) -> dict[int, Tensor]:
-    """What `pool` returns for each of several target sizes, sharing the work.
+    """Pool an activation as `pool` does, to each of several target sizes, sharing the work.
 
     Target sizes with the same window share one tensor; a window that is a whole number of finer ones is
     pooled from their means instead of from the activation.
@@ -53,7 +53,7 @@ def pool_to_all(
 
 
 def pooled_size(shape: Sequence[int], target_size: int, cls_token: ClassToken = "normal") -> int:
-    """How many features `pool` makes of one example's activation of ``shape``, which has no batch axis."""
+    """The number of features that `pool` makes of one example's activation; ``shape`` has no batch axis."""
     if len(shape) == 1:
         return shape[0]
     if len(shape) == 3:
@@ -79,7 +79,7 @@ def window(shape: Sequence[int], target_size: int) -> int:
 
 
 def falls_back(shape: Sequence[int], target_size: int) -> bool:
-    """Whether an activation is so small for the target that the official rule takes the mean of it all."""
+    """Whether the pooling window rounds to 0, so that the official rule falls back to a global mean."""
     if len(shape) == 1:
         return False
     channels = shape[0] if len(shape) == 3 else shape[1]
@@ -101,15 +101,16 @@ def _means(positions: Tensor, sides: set[int]) -> dict[int, Tensor]:
 
     A height of 1 is a row of tokens, whose windows are 1 high.
     """
-    found: dict[int, Tensor] = {}
+    means: dict[int, Tensor] = {}
     for side in sorted(sides - {0}):
-        nested = max((finer for finer in found if side % finer == 0), default=0)
-        source = found[nested] if nested else positions
-        found[side] = _window_means(source, side // nested if nested else side)
+        nested = max((finer for finer in means if side % finer == 0), default=0)
+        source = means[nested] if nested else positions
+        means[side] = _window_means(source, side // nested if nested else side)
     if 0 in sides:
-        whole = max((side for side in found if all(n % side == 0 for n in positions.shape[1:3])), default=0)
-        found[0] = (found[whole] if whole else positions).mean(dim=(1, 2), dtype=torch.float32)
-    return {side: means.flatten(1) for side, means in found.items()}
+        # Windows that leave nothing over have the mean of everything as their mean.
+        tiling = max((side for side in means if all(n % side == 0 for n in positions.shape[1:3])), default=0)
+        means[0] = (means[tiling] if tiling else positions).mean(dim=(1, 2), dtype=torch.float32)
+    return {side: pooled.flatten(1) for side, pooled in means.items()}
 
 
 def _window_means(positions: Tensor, side: int) -> Tensor:

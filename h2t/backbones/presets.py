@@ -1,9 +1,10 @@
-"""The taps of the paper's two backbones (Appendix C), their variants (Tables 6 and 7), and what a tap is."""
+"""Backbones with names of ours: the paper's two, their taps (Appendix C) and variants (Tables 6 and 7)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from h2t.backbones.tap import Tap
+from h2t.errors import unknown
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,24 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def name_in_timm(name: str) -> str:
+    """The name in timm of a preset, or of any timm model, with a weights tag or not.
+
+    Raises UserError for a name that neither knows.
+    """
+    if name in PRESETS:
+        return PRESETS[name].timm_name
+    from timm import is_model, list_models, list_pretrained  # takes seconds; presets have no use for it
+
+    architecture, _, tag = name.partition(".")
+    if not is_model(architecture):
+        raise unknown("backbone", name, [*PRESETS, *list_models(f"{architecture[:4]}*")][:40])
+    tags = [full.partition(".")[2] for full in list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise unknown(f"weights tag of {architecture}", tag, tags)
+    return name
+
+
 def figure6(taps: tuple[Tap, ...]) -> tuple[Tap, ...]:
     """The 20 taps of Figure 6: root, first layer of each unit, and the end; N = 29,800 at T = 2,048."""
     return tuple(tap for tap in taps if not tap.name.endswith(("_layer1", "_layer2")))
@@ -82,15 +101,15 @@ def with_input(taps: tuple[Tap, ...]) -> tuple[Tap, ...]:
 
 
 def pre_normalization(taps: tuple[Tap, ...], fused: frozenset[str]) -> tuple[Tap, ...]:
-    """The taps with what each normalisation is given in place of what it returns (Table 6).
+    """The taps with what each normalization is given in place of what it returns (Table 6).
 
-    ``fused``: the modules that normalise and activate; taps elsewhere stay.
+    ``fused``: the modules that normalize and activate; taps elsewhere stay.
     """
     return tuple(replace(tap, point="input") if tap.module in fused else tap for tap in taps)
 
 
 def pre_activation(taps: tuple[Tap, ...], fused: frozenset[str]) -> tuple[Tap, ...]:
-    """The taps with each normalised activation as it is before its activation function (Table 6)."""
+    """The taps with each normalized activation as it is before its activation function (Table 6)."""
     return tuple(
         replace(tap, module=f"{tap.module}.act", point="input") if tap.module in fused else tap
         for tap in taps

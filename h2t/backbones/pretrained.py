@@ -1,7 +1,8 @@
-"""Finds and reads the weights of a backbone: from a package, the model hub, a file or a directory."""
+"""Find and read the weights of a backbone: from a package, the model hub, a file or a directory."""
 
 import hashlib
 import importlib.util
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from huggingface_hub.utils import get_session
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from h2t.backbones.presets import name_in_timm
 from h2t.errors import UserError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 SECONDS_TO_REACH_HUB = 10
+RANDOM_SEED = 0
 INSTEAD = "give the path of a .safetensors or .pth file, or of a directory that holds one, or 'random'"
 
 # timm name: (importable package, weights file in it, name to install it by)
@@ -47,8 +50,27 @@ EXPANDING_BLOCK = {
 }
 
 
+def weights_identity(name: str, weights: str = "auto", sha256: str | None = None) -> str:
+    """The content of the weights that `load_backbone` would load, wherever they lie; no network is built.
+
+    "sha256 <hexadecimal>" of a file, which a process reads again only when it has changed, or "random, seed
+    0". Raises UserError for an unknown name and for weights that cannot be had.
+    """
+    timm_name = name_in_timm(name)
+    if weights == "random":
+        return random_identity(RANDOM_SEED, sha256)
+    return f"sha256 {_checked_hash(find_weights(timm_name, weights), sha256)}"
+
+
+def random_identity(seed: int, sha256: str | None) -> str:
+    """The name of random weights. Raises UserError where a hash is asked of them."""
+    if sha256:
+        raise UserError("a sha256 was given, but random weights have no file: leave one of the two out")
+    return f"random, seed {seed}"
+
+
 def find_weights(timm_name: str, weights: str) -> Path:
-    """The weights file for a timm model: ``weights`` is "auto" or the path of a file or directory.
+    """Find the weights file for a timm model: ``weights`` is "auto" or the path of a file or directory.
 
     "auto" is the file of an installed package where there is one, else the model hub's, kept in its cache.
     Raises UserError with what was tried where there is none.
@@ -59,15 +81,12 @@ def find_weights(timm_name: str, weights: str) -> Path:
 
 
 def read_state_dict(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """A weights file's tensors by name, on the CPU, and the SHA-256 of the file in hexadecimal.
+    """Read a weights file's tensors by name, on the CPU, and the SHA-256 of the file in hexadecimal.
 
     Nothing in the file is executed. Raises UserError where the hash is not ``sha256`` or there are no
     weights.
     """
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 and found != sha256.lower():
-        raise UserError(f"weights '{path}': expected sha256 {sha256.lower()}, got {found}")
+    digest = _checked_hash(path, sha256)
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -75,7 +94,22 @@ def read_state_dict(path: Path, sha256: str | None = None) -> tuple[dict[str, Te
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # readers of either format raise many kinds on a damaged file
         raise UserError(f"weights '{path}': not a readable file of weights: {error}") from error
-    return _tensors(state, path), found
+    return _tensors(state, path), digest
+
+
+def _checked_hash(path: Path, sha256: str | None) -> str:
+    status = path.stat()
+    digest = _file_hash(path, status.st_mtime_ns, status.st_size)
+    if sha256 and digest != sha256.lower():
+        raise UserError(f"weights '{path}': expected sha256 {sha256.lower()}, got {digest}")
+    return digest
+
+
+@lru_cache
+def _file_hash(path: Path, mtime_ns: int, size: int) -> str:
+    """The SHA-256 of a file; its time and size are arguments so that a changed file is read again."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
@@ -122,19 +156,19 @@ def timm_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _named_file(path: str) -> Path:
-    place = Path(path).expanduser()
-    if place.is_file():
-        return place
-    if not place.is_dir():
+    file_or_folder = Path(path).expanduser()
+    if file_or_folder.is_file():
+        return file_or_folder
+    if not file_or_folder.is_dir():
         raise UserError(
             f"weights '{path}': there is no such file or directory; expected 'auto', or {INSTEAD}"
         )
     for suffix in SUFFIXES:
-        found = sorted(place.glob(f"*{suffix}"))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(file.name for file in found)
+        files = sorted(file_or_folder.glob(f"*{suffix}"))
+        if len(files) == 1:
+            return files[0]
+        if files:
+            names = ", ".join(file.name for file in files)
             raise UserError(f"weights '{path}': expected one {suffix} file in the directory, found {names}")
     raise UserError(f"weights '{path}': no {', '.join(SUFFIXES)} file in the directory")
 

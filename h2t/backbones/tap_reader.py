@@ -1,4 +1,4 @@
-"""Reads activations during one forward pass, pooling each inside its hook so that they never add up."""
+"""Read activations during one forward pass, pooling each inside its hook so that they never add up."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,25 +38,25 @@ class TapReader:
         self.target_sizes = tuple(target_sizes)
         self.cls_token = cls_token
         self.gradients = gradients
-        self._found: dict[int, dict[int, Tensor]] = {}
+        self._pooled: dict[int, dict[int, Tensor]] = {}  # by tap and target size
         self._hooks = _Hooks(backbone, self._collect)
 
     def __call__(self, images: Tensor) -> dict[int, list[Tensor]]:
         """Features of images float [b, 3, S, S]: per target size, one float32 [b, width] per tap in order."""
         parameter = next(self.backbone.model.parameters())
         batch = images.to(parameter.device, parameter.dtype).contiguous(memory_format=torch.channels_last)
-        self._found.clear()
+        self._pooled.clear()
         self._hooks.start()
         with torch.set_grad_enabled(self.gradients), torch.inference_mode(not self.gradients):
             self.backbone.model(batch)
-        found = [self._found.pop(index) for index in range(len(self.backbone.taps))]
-        return {size: [pooled[size] for pooled in found] for size in self.target_sizes}
+        taps = [self._pooled.pop(index) for index in range(len(self.backbone.taps))]
+        return {size: [pooled[size] for pooled in taps] for size in self.target_sizes}
 
     def _collect(self, index: int, activation: Tensor) -> None:
         if self.gradients:
             # Later layers may overwrite an activation that the backward pass of the pooling still needs.
             activation = activation.clone()
-        self._found[index] = pool_to_all(activation, self.target_sizes, self.cls_token)
+        self._pooled[index] = pool_to_all(activation, self.target_sizes, self.cls_token)
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -73,7 +73,7 @@ class TapReader:
 
 @dataclass(frozen=True)
 class TapRow:
-    """What is to be known of a tap before anything runs; ``features``: how many at each target size."""
+    """The facts of a tap before any image is read; ``features``: their number at each target size."""
 
     tap: str
     module: str
@@ -114,7 +114,7 @@ def tap_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
 
 
 def feature_layout(backbone: Backbone, target_size: int, cls_token: ClassToken = "normal") -> FeatureLayout:
-    """Which columns of a feature matrix come from which tap.
+    """The layout of a backbone's feature matrix: which columns come from which tap.
 
     Warns where a tap is too small for the target, so that the official rule takes the mean of all its
     positions.
@@ -140,10 +140,10 @@ class _Hooks:
         self._collect = collect
         self._model = backbone.model
         self._calls: dict[tuple[str, str], int] = {}
-        places: dict[tuple[str, str], list[tuple[int, Tap]]] = {}
+        taps_at: dict[tuple[str, str], list[tuple[int, Tap]]] = {}
         for index, tap in enumerate(backbone.taps):
-            places.setdefault((tap.module, tap.point), []).append((index, tap))
-        self._handles = [self._install(place, taps) for place, taps in places.items()]
+            taps_at.setdefault((tap.module, tap.point), []).append((index, tap))
+        self._handles = [self._install(hook, taps) for hook, taps in taps_at.items()]
 
     def start(self) -> None:
         """Count calls of modules from the beginning of a forward pass."""
@@ -153,15 +153,15 @@ class _Hooks:
         for handle in self._handles:
             handle.remove()
 
-    def _install(self, place: tuple[str, str], taps: list[tuple[int, Tap]]) -> RemovableHandle:
-        name, point = place
+    def _install(self, hook: tuple[str, str], taps: list[tuple[int, Tap]]) -> RemovableHandle:
+        name, point = hook
         module = self._model.get_submodule(name)
         if point == "input":
-            return module.register_forward_pre_hook(lambda module, given: self._see(place, taps, given[0]))
-        return module.register_forward_hook(lambda module, given, returned: self._see(place, taps, returned))
+            return module.register_forward_pre_hook(lambda module, given: self._see(hook, taps, given[0]))
+        return module.register_forward_hook(lambda module, given, returned: self._see(hook, taps, returned))
 
-    def _see(self, place: tuple[str, str], taps: list[tuple[int, Tap]], activation: Tensor) -> None:
-        call = self._calls[place] = self._calls.get(place, -1) + 1
+    def _see(self, hook: tuple[str, str], taps: list[tuple[int, Tap]], activation: Tensor) -> None:
+        call = self._calls[hook] = self._calls.get(hook, -1) + 1
         for index, tap in taps:
             if tap.call == call:
                 self._collect(index, _arranged(activation, tap, self._model))

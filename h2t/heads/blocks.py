@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from h2t.features import FeatureLayout
 from h2t.heads.spec import HeadSpec
 
 
@@ -35,16 +36,18 @@ def initial_weights(seed: int, n_features: int, n_classes: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Group:
+class HeadGroup:
     """Heads on the same features and where they start, by default at random.
 
     ``features`` [n_samples, n_features] for all heads, or [n_heads, n_samples, n_features], float32 or what
-    the products are to be computed in; ``specs`` ordered by regularizer; ``weight`` float32 [n_heads,
-    n_features, n_classes]; ``bias`` float32 [n_heads, n_classes].
+    the products are to be computed in; ``specs`` ordered by regularizer; ``layout``: the taps of the columns,
+    for ``layergroup`` (default: one tap); ``weight`` float32 [n_heads, n_features, n_classes]; ``bias``
+    float32 [n_heads, n_classes].
     """
 
     features: Tensor
     specs: Sequence[HeadSpec]
+    layout: FeatureLayout | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
 
@@ -62,28 +65,32 @@ class Group:
 
 @dataclass(frozen=True)
 class Span:
-    """Columns start..stop of a group; its *lines* are one for each class of each head."""
+    """Feature columns start..stop of a group, for the rows ``class_rows`` of the stacked weights.
+
+    The stacked weights have one row per head and class.
+    """
 
     group: int
     start: int
     stop: int
-    lines: slice
+    class_rows: slice
 
     @property
     def size(self) -> int:
-        return (self.lines.stop - self.lines.start) * (self.stop - self.start)
+        """The number of weights."""
+        return (self.class_rows.stop - self.class_rows.start) * (self.stop - self.start)
 
 
-def cut_spans(groups: Sequence[Group], n_classes: int, largest: int) -> Iterator[list[Span]]:
+def cut_spans(groups: Sequence[HeadGroup], n_classes: int, largest: int) -> Iterator[list[Span]]:
     """All weights, cut into blocks of at most about ``largest`` of them; small groups share a block."""
     block: list[Span] = []
-    line = 0
+    row = 0
     for number, group in enumerate(groups):
-        lines = slice(line, line := line + len(group.specs) * n_classes)
-        width = max(largest // (lines.stop - lines.start) // 64 * 64, 128)
+        class_rows = slice(row, row := row + len(group.specs) * n_classes)
+        width = max(largest // (class_rows.stop - class_rows.start) // 64 * 64, 128)
         for start, stop in pairwise([*range(0, group.n_features, width), group.n_features]):
-            span = Span(number, start, stop, lines)
-            if block and sum(each.size for each in block) + span.size > largest:
+            span = Span(number, start, stop, class_rows)
+            if block and sum(earlier.size for earlier in block) + span.size > largest:
                 yield block
                 block = []
             block.append(span)
@@ -91,13 +98,15 @@ def cut_spans(groups: Sequence[Group], n_classes: int, largest: int) -> Iterator
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Views for the products of a span: made at every step, they would take longer than small products.
+class SpanViews:
+    """The views that the matrix products and regularizers of one span use.
 
-    One per batch: ``columns`` [b, width], ``transposed`` [width, b], ``error`` and ``logits`` [n_lines, b].
-    ``product`` and ``factor`` [n_lines, width]: the gradient and the weights as the products have them. Where
-    each head has features of its own, all these are [n_heads, ..., ...], with the lines of one head.
-    ``gradient`` and ``weight`` [n_lines, width]: what the regularizers see.
+    They are made once: making them in every step would take longer than a small product does.
+
+    One per batch: ``columns`` [b, width], ``transposed`` [width, b], ``error`` and ``logits``
+    [n_class_rows, b]. ``grad_lp`` and ``weight_lp`` [n_class_rows, width]: gradient and weights in the
+    precision of the products. Where each head has features of its own, all these are [n_heads, ..., ...],
+    with the class rows of one head. ``gradient`` and ``weight`` float32 [n_class_rows, width].
     """
 
     span: Span
@@ -105,15 +114,15 @@ class Piece:
     transposed: list[Tensor]
     error: list[Tensor]
     logits: list[Tensor]
-    product: Tensor
-    factor: Tensor
+    grad_lp: Tensor
+    weight_lp: Tensor
     gradient: Tensor
     weight: Tensor
 
 
 @dataclass(frozen=True)
 class Block:
-    """Pieces whose weights lie side by side and are updated by one call.
+    """Spans whose weights lie side by side and are updated by one call.
 
     ``stored``: flat weights, moments and squares; ``state``: the same on the device.
     """
@@ -121,12 +130,12 @@ class Block:
     stored: list[Tensor]
     state: list[Tensor]
     gradient: Tensor
-    product: Tensor
-    factor: Tensor
-    pieces: list[Piece]
+    grad_lp: Tensor
+    weight_lp: Tensor
+    views: list[SpanViews]
 
 
-def lines_of(flat: Tensor, spans: Sequence[Span]) -> list[Tensor]:
-    """The part of each span, [n_lines, width], of what has a number for every weight of a block."""
+def split_spans(flat: Tensor, spans: Sequence[Span]) -> list[Tensor]:
+    """The part of each span, [n_class_rows, width], of what has a number for every weight of a block."""
     parts = flat.split([span.size for span in spans])
     return [part.view(-1, span.stop - span.start) for part, span in zip(parts, spans, strict=True)]

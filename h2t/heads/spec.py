@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Regularizer = Literal["l1", "l2", "l21"]
-
-
+Regularizer = Literal["l1", "l2", "l21", "layergroup"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
@@ -14,8 +12,8 @@ class HeadSpec:
     """How one head is trained: by Adam with a cosine decay to zero, with a regularizer on its weights.
 
     ``steps`` counts mini-batches. ``coefficient`` weighs the sum of absolute weights (``l1``), of squared
-    weights (``l2``) or of the norms of the features' rows (``l21``, Section 3.2). ``seed`` draws the first
-    weights.
+    weights (``l2``), of the norms of the features' rows (``l21``, Section 3.2) or of the norms of all weights
+    of a tap (``layergroup``, Section 4.3). ``seed`` draws the first weights.
     """
 
     learning_rate: float

@@ -3,14 +3,15 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import get_args
+from typing import Required, TypedDict, Unpack, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from h2t.errors import UserError, unknown
-from h2t.heads.blocks import Group, HeadStack
+from h2t.features import FeatureLayout
+from h2t.heads.blocks import HeadGroup, HeadStack
 from h2t.heads.spec import HeadSpec, Precision, Regularizer
 from h2t.heads.trainer import Batches, HeadTrainer
 
@@ -19,39 +20,22 @@ __all__ = ["HeadSpec", "HeadStack", "checked", "train_groups", "train_heads", "t
 Array = Tensor | np.ndarray
 
 
+class TrainOptions(TypedDict, total=False):
+    """The options of :func:`train_stacks`."""
+
+    n_classes: Required[int]
+    layout: FeatureLayout | None
+    batch_size: int
+    device: str | torch.device | None
+    precision: Precision
+    memory_budget: int | None
+
+
 def train_heads(
-    features: Array,
-    labels: Array,
-    specs: Sequence[HeadSpec],
-    *,
-    n_classes: int,
-    batch_size: int = 128,
-    initial_weight: Array | None = None,
-    initial_bias: Array | None = None,
-    device: str | torch.device | None = None,
-    dtype: Precision = "float32",
-    memory_budget: int | None = None,
+    features: Array, labels: Array, specs: Sequence[HeadSpec], **options: Unpack[TrainOptions]
 ) -> HeadStack:
-    """Train one linear head per spec; rates, steps, regularizers and seeds mix freely.
-
-    ``features`` float32 [n_samples, n_features], shared by all heads, or [n_heads, n_samples, n_features],
-    one matrix per head; never written. ``labels`` integer [n_samples]. Rows are used in the order given, in
-    batches of ``batch_size``, over and over; a shorter last batch counts in proportion to its length.
-    ``initial_weight`` [n_features, n_classes] and ``initial_bias`` [n_classes], or one per head, default to
-    Glorot-uniform by the spec's seed and to zero.
-
-    ``dtype`` is the precision of the matrix products ("tf32" rounds on a GPU alone); weights stay float32.
-    ``memory_budget`` in bytes bounds the weights and moments on the device: heads take turns, and a head that
-    is too large alone has them in a temporary file (beside an accelerator: in main memory), of which one
-    block at a time is worked on.
-
-    Raises UserError for specs, shapes, labels or features that cannot be used, before any work.
-    """
-    stacks = train_stacks(
-        features, labels, specs, n_classes=n_classes, batch_size=batch_size, initial_weight=initial_weight,
-        initial_bias=initial_bias, device=device, dtype=dtype, memory_budget=memory_budget,
-    )  # fmt: skip
-    return _in_order(list(stacks), n_classes)
+    """Train one linear head per spec, as :func:`train_stacks`, and return them in the order of the specs."""
+    return _in_order(list(train_stacks(features, labels, specs, **options)))
 
 
 def train_stacks(
@@ -60,31 +44,41 @@ def train_stacks(
     specs: Sequence[HeadSpec],
     *,
     n_classes: int,
+    layout: FeatureLayout | None = None,
     batch_size: int = 128,
-    initial_weight: Array | None = None,
-    initial_bias: Array | None = None,
     device: str | torch.device | None = None,
-    dtype: Precision = "float32",
+    precision: Precision = "float32",
     memory_budget: int | None = None,
 ) -> Iterator[tuple[list[int], HeadStack]]:
-    """As :func:`train_heads`, but yields (positions in ``specs``, their heads) as they are done."""
+    """Train one linear head per spec; rates, steps, regularizers and seeds mix freely.
+
+    ``features`` float32 [n_samples, n_features], shared by all heads, or [n_heads, n_samples, n_features],
+    one matrix per head; never written. ``labels`` integer [n_samples]. Rows are used in the order given, in
+    batches of ``batch_size``, over and over; a shorter last batch counts in proportion to its length.
+    ``layout`` says to which tap a column belongs, for the regularizer ``layergroup`` (default: all to one).
+    Weights start Glorot-uniform by the spec's seed, biases at zero.
+
+    ``precision`` is that of the matrix products ("tf32" rounds on a GPU alone); weights stay float32.
+    ``memory_budget`` in bytes bounds the weights and moments on the device: heads take turns, and a head that
+    is too large alone has them in a temporary file (beside an accelerator: in main memory), of which one
+    block at a time is worked on.
+
+    Yields (positions in ``specs``, their heads) as they are done. Raises UserError for specs, shapes, labels
+    or features that cannot be used, before any work.
+    """
     rows, targets = checked(features, labels, n_classes)
-    _check_specs(specs, rows)
+    _check_specs(specs, rows, layout)
     device = torch.device(device or "cpu")
     head_bytes = 3 * 4 * rows.shape[-1] * n_classes
     at_once = len(specs) if memory_budget is None else max(1, memory_budget // head_bytes)
     offload = memory_budget is not None and head_bytes > memory_budget
     batches = Batches(targets.to(device), n_classes, batch_size)
-    rows = _for_products(rows, device, dtype)
+    rows = _for_products(rows, device, precision)
     for heads in _stacks(specs, at_once):
-        group = Group(
-            rows if rows.ndim == 2 else rows[heads],
-            [specs[head] for head in heads],
-            _of_heads(initial_weight, heads, 2),
-            _of_heads(initial_bias, heads, 1),
-        )
+        inputs = rows if rows.ndim == 2 else rows[heads]
+        group = HeadGroup(inputs, [specs[head] for head in heads], layout)
         # No name for the trainer: its weights and squares are given back before the next one starts.
-        with _tf32(dtype == "tf32"):
+        with _tf32(precision == "tf32"):
             (stack,) = HeadTrainer(batches, [group], offload=offload).train()
         yield heads, stack
 
@@ -96,12 +90,12 @@ def train_groups(
     n_classes: int,
     batch_size: int = 128,
     device: str | torch.device | None = None,
-    dtype: Precision = "float32",
+    precision: Precision = "float32",
 ) -> list[HeadStack]:
     """Train groups of heads side by side, each as :func:`train_heads` would train it.
 
-    Each group is (features, specs) as in :func:`train_heads`, its specs ordered by regularizer. Many small
-    heads take little longer than one then, whose time goes into starting operations.
+    Each group is (features, specs) as in :func:`train_heads`, its specs ordered by regularizer. Use it for
+    many small heads: the time of such a head is kernel launches, which a joint step makes once.
 
     Raises UserError as :func:`train_heads` does, and for specs of different numbers of steps.
     """
@@ -109,22 +103,22 @@ def train_groups(
     if len(steps) != 1:
         raise UserError(f"expected groups of equal steps, got {', '.join(map(str, steps)) or 'none'}")
     device = torch.device(device or "cpu")
-    made = []
+    head_groups = []
     for features, specs in groups:
         rows, targets = checked(features, labels, n_classes)
         _check_specs(specs, rows)
-        made.append(Group(_for_products(rows, device, dtype), specs))
-    with _tf32(dtype == "tf32"):
-        return HeadTrainer(Batches(targets.to(device), n_classes, batch_size), made).train()
+        head_groups.append(HeadGroup(_for_products(rows, device, precision), specs))
+    with _tf32(precision == "tf32"):
+        return HeadTrainer(Batches(targets.to(device), n_classes, batch_size), head_groups).train()
 
 
-def _for_products(rows: Tensor, device: torch.device, dtype: Precision) -> Tensor:
-    return rows.to(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+def _for_products(rows: Tensor, device: torch.device, precision: Precision) -> Tensor:
+    return rows.to(device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
 
 
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
-    """Whether products on a GPU may round float32 to TF32; a setting of the whole process."""
+    """Let products on a GPU round float32 to TF32, or not; this is a setting of the whole process."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
@@ -166,7 +160,7 @@ def _tensor(values: Array) -> Tensor:
         return torch.from_numpy(np.asarray(values))
 
 
-def _check_specs(specs: Sequence[HeadSpec], rows: Tensor) -> None:
+def _check_specs(specs: Sequence[HeadSpec], rows: Tensor, layout: FeatureLayout | None = None) -> None:
     for spec in specs:
         if spec.regularizer is not None and spec.regularizer not in get_args(Regularizer):
             raise unknown("regularizer", spec.regularizer, get_args(Regularizer))
@@ -176,6 +170,8 @@ def _check_specs(specs: Sequence[HeadSpec], rows: Tensor) -> None:
         raise UserError(
             f"expected one spec per feature matrix, got {len(specs)} for features {list(rows.shape)}"
         )
+    if layout is not None and layout.n_features != rows.shape[-1]:
+        raise UserError(f"expected the layout's {layout.n_features} features, got {rows.shape[-1]}")
 
 
 def _stacks(specs: Sequence[HeadSpec], at_once: int) -> Iterator[list[int]]:
@@ -186,27 +182,17 @@ def _stacks(specs: Sequence[HeadSpec], at_once: int) -> Iterator[list[int]]:
         yield from (heads[first : first + at_once] for first in range(0, len(heads), at_once))
 
 
-def _of_heads(values: Array | None, heads: list[int], ndim: int) -> Tensor | None:
-    """The given starting values of some heads, [n_heads, ...]."""
-    if values is None:
-        return None
-    values = _tensor(values)
-    return values[heads] if values.ndim > ndim else values.expand(len(heads), *values.shape)
-
-
-def _in_order(stacks: list[tuple[list[int], HeadStack]], n_classes: int) -> HeadStack:
+def _in_order(stacks: list[tuple[list[int], HeadStack]]) -> HeadStack:
     """One stack of all heads, in the order of their specs."""
     order = [head for heads, _ in stacks for head in heads]
     if order == sorted(order) and len(stacks) == 1:
         return stacks[0][1]
-    first = stacks[0][1].weight
-    weight = first.new_empty(len(order), n_classes, first.shape[1]).transpose(1, 2)
-    whole = HeadStack(weight, first.new_empty(len(order), n_classes), first.new_empty(len(order)))
+    _, n_features, n_classes = stacks[0][1].weight.shape
+    empty = stacks[0][1].bias.new_empty
+    weight = empty(len(order), n_classes, n_features).transpose(1, 2)
+    joined = HeadStack(weight, empty(len(order), n_classes), empty(len(order)))
     while stacks:  # each stack's memory is given back once it is copied
         heads, stack = stacks.pop()
-        whole.weight[heads], whole.bias[heads], whole.train_loss[heads] = (
-            stack.weight,
-            stack.bias,
-            stack.train_loss,
-        )
-    return whole
+        joined.weight[heads], joined.bias[heads] = stack.weight, stack.bias
+        joined.train_loss[heads] = stack.train_loss
+    return joined

@@ -6,15 +6,15 @@ from typing import Literal
 from h2t.errors import UserError, unknown
 from h2t.images.formats import open_source
 from h2t.images.remote import require_root
-from h2t.images.source import ImageSource, SourceUnavailable, Split, check_rows
+from h2t.images.source import ImageSource, SourceSplit, SourceUnavailable, check_rows
 from h2t.tasks import VTAB_1K, Task
 
 Status = Literal["ready", "incomplete", "missing"]
 
-_SPLITS: tuple[Split, ...] = ("train", "test")
+_SPLITS: tuple[SourceSplit, ...] = ("train", "test")
 _HOW_TO_GET = {
-    "vtab1k": "add {folder}/ from a copy of the VTAB-1k archive, or write Parquet: h2t prepare --from tfds",
-    "parquet": "h2t prepare --from tfds",
+    "vtab1k": "add {folder}/ from a copy of the VTAB-1k archive, or write Parquet: h2t prepare",
+    "parquet": "h2t prepare",
     "webdataset": "add the shards of wds_vtab-{name} from a data set hub as {name}/train/ and {name}/test/",
     "folder": "add images as {name}/train/<class>/ and {name}/test/<class>/",
 }
@@ -59,7 +59,7 @@ def _check(task: Task, root: str, format: str) -> TaskReadiness:
     return TaskReadiness(task.name, "incomplete", found, expected, "; ".join(advice))
 
 
-def _check_split(source: ImageSource, task: Task, split: Split) -> tuple[int, str]:
+def _check_split(source: ImageSource, task: Task, split: SourceSplit) -> tuple[int, str]:
     """Number of images, and what is wrong with them in words."""
     try:
         n_images = len(source.labels(split))

@@ -1,5 +1,6 @@
 """The demo's tasks: images that ship in Python packages, and sprites drawn on the spot."""
 
+import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import pyarrow.csv
 
 from h2t.errors import UserError, unknown
 from h2t.images import sprites
-from h2t.images.source import EncodedImage, Image, RowProblem, SourceUnavailable, Split
+from h2t.images.source import EncodedImage, Image, RowProblem, SourceSplit, SourceUnavailable
 from h2t.tasks import Task, demo_task
 
 N_IMAGES = 1000
@@ -28,21 +29,32 @@ class BundledSource:
 
     task: str
 
-    def labels(self, split: Split) -> np.ndarray:
+    def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [1000]."""
         return _LABELS[self.task](_in_split(split))
 
-    def read(self, split: Split, rows: Sequence[int]) -> list[Image]:
+    def read(self, split: SourceSplit, rows: Sequence[int]) -> list[Image]:
         """Images of any rows: pixels of digits and sprites, PNG files of solar cells."""
         return _IMAGES[self.task](_in_split(split)[list(rows)])
 
-    def name(self, split: Split, row: int) -> str:
+    def name(self, split: SourceSplit, row: int) -> str:
         """Task, split and row."""
         return f"{self.task}/{split}/{row}"
 
-    def problems(self, split: Split) -> Iterator[RowProblem]:
+    def problems(self, split: SourceSplit) -> Iterator[RowProblem]:
         """Nothing: the images are checked by the packages' own installation."""
         return iter(())
+
+    def class_names(self) -> tuple[str, ...]:
+        """None: labels are numbers."""
+        return ()
+
+    def identity(self, split: SourceSplit) -> str:
+        """Labels and images as they are drawn or come from the package: a split is small."""
+        digest = hashlib.sha256(self.labels(split).tobytes())
+        for image in self.read(split, range(N_IMAGES)):
+            digest.update(image.data if isinstance(image, EncodedImage) else image.tobytes())
+        return digest.hexdigest()
 
     def provenance(self) -> dict[str, str]:
         """Package or recipe, and licence."""
@@ -65,7 +77,7 @@ def open_bundled(task: Task, root: str | None = None) -> BundledSource:
     return BundledSource(task.name)
 
 
-def _in_split(split: Split) -> np.ndarray:
+def _in_split(split: SourceSplit) -> np.ndarray:
     """Positions of a split's images in the task's fixed order, int64 [1000]."""
     return np.arange(N_IMAGES) + (N_IMAGES if split == "test" else 0)
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from h2t.errors import UserError
+from h2t.images.identity import content_identity
 from h2t.images.lossy import describe_encoding
 from h2t.images.remote import (
     list_files,
@@ -18,7 +19,7 @@ from h2t.images.remote import (
     require_root,
     task_folder,
 )
-from h2t.images.source import EncodedImage, Image, RowProblem, SourceUnavailable, Split
+from h2t.images.source import EncodedImage, Image, RowProblem, SourceSplit, SourceUnavailable
 from h2t.tasks import Task
 
 _LAYOUT = "a folder with train/<class>/ and test/<class>/, or with <class>/ alone, of image files"
@@ -41,21 +42,21 @@ class FolderSource:
     # Every opening lists the files anew, but a worker lists them once for all that it is asked to read.
     opened: int = field(default_factory=time.time_ns)
 
-    def labels(self, split: Split) -> np.ndarray:
+    def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [n]."""
         return _rows(self)[split][1]
 
-    def read(self, split: Split, rows: Sequence[int]) -> list[Image]:
+    def read(self, split: SourceSplit, rows: Sequence[int]) -> list[Image]:
         """Files as stored, of any format."""
         paths = [self.name(split, row) for row in rows]
         data = read_files(open_root(self.root)[0], paths)
         return [EncodedImage(content, path) for content, path in zip(data, paths, strict=True)]
 
-    def name(self, split: Split, row: int) -> str:
+    def name(self, split: SourceSplit, row: int) -> str:
         """The path of the image."""
         return _rows(self)[split][0][row]
 
-    def problems(self, split: Split) -> Iterator[RowProblem]:
+    def problems(self, split: SourceSplit) -> Iterator[RowProblem]:
         """Nothing: rows are the files that were found."""
         return iter(())
 
@@ -73,6 +74,11 @@ class FolderSource:
             "rows": rule,
             "licence": self.task.licence,
         }
+
+    def identity(self, split: SourceSplit) -> str:
+        """The content of the images of a split."""
+        paths, labels = _rows(self)[split]
+        return content_identity(open_root(self.root)[0], self.folder, paths, labels, self.class_names())
 
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes in label order."""
@@ -119,7 +125,7 @@ def _has_splits(source: FolderSource) -> bool:
 
 
 @lru_cache(maxsize=32)
-def _rows(source: FolderSource) -> dict[Split, tuple[list[str], np.ndarray]]:
+def _rows(source: FolderSource) -> dict[SourceSplit, tuple[list[str], np.ndarray]]:
     """Paths and labels of both splits."""
     if _has_splits(source):
         return {

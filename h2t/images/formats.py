@@ -6,10 +6,10 @@ from typing import Any
 
 from h2t.errors import UserError, unknown
 from h2t.images.demo import open_bundled
-from h2t.images.folder import FolderSource, open_folder
+from h2t.images.folder import open_folder
 from h2t.images.parquet import open_parquet
 from h2t.images.source import ImageSource
-from h2t.images.subset import ArrangedSource, arrange
+from h2t.images.subset import arrange
 from h2t.images.vtab_archive import open_vtab1k
 from h2t.images.webdataset import open_webdataset
 from h2t.tasks import Task
@@ -23,6 +23,7 @@ SOURCES: dict[str, Callable[..., ImageSource]] = {
 }
 """By the name of the format. Beyond task and root, the keyword arguments are the format's options."""
 
+WITHOUT_ROOT = "bundled"
 # Folders come sorted by class, which consecutive folds cannot use.
 _SHUFFLED = {"folder": 0}
 
@@ -51,10 +52,15 @@ def open_source(format: str, task: Task, root: str | None, options: dict[str, An
     return arrange(source, **{name: value for name, value in stated.items() if name in common})
 
 
-def class_names(source: ImageSource) -> tuple[str, ...]:
-    """Names of the classes in label order, where the source has them (folders do); else none."""
-    inner = source.source if isinstance(source, ArrangedSource) else source
-    return inner.class_names() if isinstance(inner, FolderSource) else ()
+def check_format(format: str, root: str | None) -> None:
+    """Raise UserError for an unknown format, and for a root that is missing or has no use."""
+    if format not in SOURCES:
+        raise unknown("image format", format, SOURCES)
+    if format != WITHOUT_ROOT and not root:
+        raise UserError(f"images in the format '{format}' need a root (a folder or a URI)")
+    if format == WITHOUT_ROOT and root:
+        others = ", ".join(name for name in SOURCES if name != WITHOUT_ROOT)
+        raise UserError(f"with a root ('{root}') expected the format {others}, got '{format}'")
 
 
 def _options(function: Callable[..., Any]) -> dict[str, Any]:

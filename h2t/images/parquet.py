@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileType
 
 from h2t.errors import UserError, unknown
+from h2t.images.identity import content_identity
 from h2t.images.lossy import describe_encoding
 from h2t.images.remote import of_split, open_root, require_root, shards, task_folder
-from h2t.images.source import EncodedImage, Image, RowProblem, SourceUnavailable, Split
+from h2t.images.source import EncodedImage, Image, RowProblem, SourceSplit, SourceUnavailable
 from h2t.tasks import Task
 
 _LAYOUT = "a Parquet file with a column 'split', or a folder with files named after train and test"
@@ -39,11 +40,11 @@ class ParquetSource:
     # Every opening lists the files anew, but a worker lists them once for all that it is asked to read.
     opened: int = field(default_factory=time.time_ns)
 
-    def labels(self, split: Split) -> np.ndarray:
+    def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [n], -1 where the label is null or negative or too large for int32."""
         return _rows(self, split).labels
 
-    def read(self, split: Split, rows: Sequence[int]) -> list[Image]:
+    def read(self, split: SourceSplit, rows: Sequence[int]) -> list[Image]:
         """Image bytes as stored; reads each row group that holds one of the rows once.
 
         Raises UserError for rows that are not there, such as on a node that does not share the folder.
@@ -65,11 +66,11 @@ class ParquetSource:
                 images[position] = EncodedImage(data, listed.name(row))
         return images
 
-    def name(self, split: Split, row: int) -> str:
+    def name(self, split: SourceSplit, row: int) -> str:
         """File, row group and row."""
         return _rows(self, split).name(row)
 
-    def problems(self, split: Split) -> Iterator[RowProblem]:
+    def problems(self, split: SourceSplit) -> Iterator[RowProblem]:
         """Labels and indices that are null, and indices that occur twice."""
         listed = _rows(self, split)
         for row in np.flatnonzero(listed.labels < 0).tolist():
@@ -78,6 +79,17 @@ class ParquetSource:
             yield RowProblem(row, listed.name(row), "no index, or one that is negative")
         for row in (np.flatnonzero(np.diff(listed.index) == 0) + 1).tolist():
             yield RowProblem(row, listed.name(row), f"index {listed.index[row]} occurs twice")
+
+    def class_names(self) -> tuple[str, ...]:
+        """None: labels are numbers."""
+        return ()
+
+    def identity(self, split: SourceSplit) -> str:
+        """The content of the files that hold the split, and which column holds the images."""
+        listed = _rows(self, split)
+        used = [listed.files[file] for file in np.unique(listed.file)]
+        options = (self.image, _name(self, split))
+        return content_identity(open_root(self.root)[0], self.folder, used, listed.labels, *options)
 
     def provenance(self) -> dict[str, str]:
         """Root and encoding of the first image."""
@@ -138,7 +150,7 @@ class _Listed:
 
 
 @lru_cache(maxsize=32)
-def _rows(source: ParquetSource, split: Split) -> _Listed:
+def _rows(source: ParquetSource, split: SourceSplit) -> _Listed:
     files = _files_of(source, split)
     parts = [_rows_of_file(source, path, split) for path in files]
     file = np.repeat(np.arange(len(parts)), [len(part["labels"]) for part in parts])
@@ -152,7 +164,7 @@ def _rows(source: ParquetSource, split: Split) -> _Listed:
     )  # fmt: skip
 
 
-def _files_of(source: ParquetSource, split: Split) -> list[str]:
+def _files_of(source: ParquetSource, split: SourceSplit) -> list[str]:
     filesystem, _ = open_root(source.root)
     if filesystem.get_file_info(source.folder).type == FileType.File:
         return [source.folder]
@@ -162,11 +174,11 @@ def _files_of(source: ParquetSource, split: Split) -> list[str]:
     return named[_name(source, split)] if any(named.values()) else paths
 
 
-def _name(source: ParquetSource, split: Split) -> str:
+def _name(source: ParquetSource, split: SourceSplit) -> str:
     return source.train if split == "train" else source.test
 
 
-def _rows_of_file(source: ParquetSource, path: str, split: Split) -> dict[str, np.ndarray]:
+def _rows_of_file(source: ParquetSource, path: str, split: SourceSplit) -> dict[str, np.ndarray]:
     """Columns group, row, labels and, where the file has it, index; of the rows of the split."""
     with _reading(source.root, path) as file:
         names = file.schema_arrow.names

@@ -9,7 +9,7 @@ import numpy as np
 from h2t.errors import UserError
 from h2t.tasks import Task
 
-Split = Literal["train", "test"]
+SourceSplit = Literal["train", "test"]
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,28 @@ class RowProblem:
 class ImageSource(Protocol):
     """Labelled images in a fixed order; small and cheap to pickle (paths and settings, never pixels)."""
 
-    def labels(self, split: Split) -> np.ndarray:
+    def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [n] in row order; the index of a row is its position, -1 where the label is unreadable."""
         ...
 
-    def read(self, split: Split, rows: Sequence[int]) -> list[Image]:
+    def read(self, split: SourceSplit, rows: Sequence[int]) -> list[Image]:
         """Images of any rows in any order."""
         ...
 
-    def name(self, split: Split, row: int) -> str:
+    def name(self, split: SourceSplit, row: int) -> str:
         """What to call a row in messages: its path, where it has one."""
         ...
 
-    def problems(self, split: Split) -> Iterator[RowProblem]:
+    def problems(self, split: SourceSplit) -> Iterator[RowProblem]:
         """Rows whose label or file cannot be had, found without opening an image."""
+        ...
+
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in label order; none where the source has none."""
+        ...
+
+    def identity(self, split: SourceSplit) -> str:
+        """Hexadecimal digits that change with the images and labels of a split, wherever they lie."""
         ...
 
     def provenance(self) -> dict[str, str]:
@@ -84,7 +92,7 @@ class BadRow:
     reason: str
 
 
-def check_rows(source: ImageSource, task: Task, split: Split) -> list[BadRow]:
+def check_rows(source: ImageSource, task: Task, split: SourceSplit) -> list[BadRow]:
     """Rows without a usable label or file, one entry each; an empty split is a row of index -1."""
     labels = source.labels(split)
     if not len(labels):

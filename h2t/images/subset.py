@@ -1,5 +1,6 @@
 """Another order or a part of a source's rows."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -7,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from h2t.errors import UserError
-from h2t.images.source import Image, ImageSource, RowProblem, Split
+from h2t.images.source import Image, ImageSource, RowProblem, SourceSplit
 
 
 @dataclass(frozen=True)
@@ -19,24 +20,33 @@ class ArrangedSource:
     n_train: int
     n_test: int
 
-    def labels(self, split: Split) -> np.ndarray:
+    def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [n]."""
         return self.source.labels(split)[_order(self, split)]
 
-    def read(self, split: Split, rows: Sequence[int]) -> list[Image]:
+    def read(self, split: SourceSplit, rows: Sequence[int]) -> list[Image]:
         """Images of rows in the new order."""
         return self.source.read(split, _order(self, split)[list(rows)].tolist())
 
-    def name(self, split: Split, row: int) -> str:
+    def name(self, split: SourceSplit, row: int) -> str:
         """The source's name of the row."""
         return self.source.name(split, int(_order(self, split)[row]))
 
-    def problems(self, split: Split) -> Iterator[RowProblem]:
+    def problems(self, split: SourceSplit) -> Iterator[RowProblem]:
         """Problems of the chosen rows, with their new indices."""
         new_index = {int(old): new for new, old in enumerate(_order(self, split))}
         for problem in self.source.problems(split):
             if problem.index in new_index:
                 yield replace(problem, index=new_index[problem.index])
+
+    def class_names(self) -> tuple[str, ...]:
+        """The source's."""
+        return self.source.class_names()
+
+    def identity(self, split: SourceSplit) -> str:
+        """The source's, and the new order."""
+        order = hashlib.sha256(_order(self, split).tobytes()).hexdigest()
+        return f"{self.source.identity(split)}-{order}"
 
     def provenance(self) -> dict[str, str]:
         """The source's, and the new order."""
@@ -68,7 +78,7 @@ def arrange(
 
 
 @lru_cache(maxsize=32)
-def _order(arranged: ArrangedSource, split: Split) -> np.ndarray:
+def _order(arranged: ArrangedSource, split: SourceSplit) -> np.ndarray:
     """Old index of each new row, int64."""
     n_rows = len(arranged.source.labels(split))
     order = np.arange(n_rows)

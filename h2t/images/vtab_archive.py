@@ -14,9 +14,10 @@ from itertools import islice
 import numpy as np
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
+from h2t.images.identity import content_identity
 from h2t.images.lossy import describe_encoding
 from h2t.images.remote import open_root, read_files, read_text, require_root, task_folder
-from h2t.images.source import EncodedImage, Image, RowProblem, SourceUnavailable, Split
+from h2t.images.source import EncodedImage, Image, RowProblem, SourceSplit, SourceUnavailable
 from h2t.tasks import Task
 
 _LAYOUT = "the folder that holds cifar/, caltech101/ … of a VTAB-1k archive"
@@ -34,21 +35,21 @@ class Vtab1kSource:
     # Every opening lists the files anew, but a worker lists them once for all that it is asked to read.
     opened: int = field(default_factory=time.time_ns)
 
-    def labels(self, split: Split) -> np.ndarray:
+    def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [n], -1 where a line is broken."""
         return _rows(self, split).labels
 
-    def read(self, split: Split, rows: Sequence[int]) -> list[Image]:
+    def read(self, split: SourceSplit, rows: Sequence[int]) -> list[Image]:
         """Files as stored, of any format."""
         paths = [self.name(split, row) for row in rows]
         data = read_files(open_root(self.root)[0], paths)
         return [EncodedImage(content, path) for content, path in zip(data, paths, strict=True)]
 
-    def name(self, split: Split, row: int) -> str:
+    def name(self, split: SourceSplit, row: int) -> str:
         """The path of the image."""
         return posixpath.join(self.folder, _rows(self, split).paths[row])
 
-    def problems(self, split: Split) -> Iterator[RowProblem]:
+    def problems(self, split: SourceSplit) -> Iterator[RowProblem]:
         """Broken lines (with file and line number), files that are missing, files listed twice."""
         listed = _rows(self, split)
         yield from listed.broken
@@ -62,6 +63,16 @@ class Vtab1kSource:
                 yield RowProblem(row, self.name(split, row), "missing file")
             if first_row.setdefault(path, row) != row:
                 yield RowProblem(row, self.name(split, row), f"listed twice, first as row {first_row[path]}")
+
+    def class_names(self) -> tuple[str, ...]:
+        """None: labels are numbers."""
+        return ()
+
+    def identity(self, split: SourceSplit) -> str:
+        """The content of the listed images."""
+        listed = _rows(self, split)
+        paths = [posixpath.join(self.folder, path) for path in listed.paths]
+        return content_identity(open_root(self.root)[0], self.folder, paths, listed.labels)
 
     def provenance(self) -> dict[str, str]:
         """Root, lists read, and whether the images are a lossy copy."""
@@ -104,7 +115,7 @@ class _Listed:
 
 
 @lru_cache(maxsize=32)
-def _rows(source: Vtab1kSource, split: Split) -> _Listed:
+def _rows(source: Vtab1kSource, split: SourceSplit) -> _Listed:
     filesystem, folder = open_root(source.root)[0], source.folder
     for names in _LISTS[split]:
         texts = [read_text(filesystem, f"{folder}/{name}") for name in names]

@@ -15,9 +15,10 @@ from functools import lru_cache
 import numpy as np
 from pyarrow.fs import FileSystem
 
+from h2t.images.identity import content_identity
 from h2t.images.lossy import describe_encoding
 from h2t.images.remote import of_split, open_root, require_root, shards, task_folder
-from h2t.images.source import EncodedImage, Image, RowProblem, SourceUnavailable, Split
+from h2t.images.source import EncodedImage, Image, RowProblem, SourceSplit, SourceUnavailable
 from h2t.tasks import Task
 
 _LAYOUT = "a folder with train/*.tar and test/*.tar of images and .cls files"
@@ -39,11 +40,11 @@ class WebDatasetSource:
     # Every opening lists the files anew, but a worker lists them once for all that it is asked to read.
     opened: int = field(default_factory=time.time_ns)
 
-    def labels(self, split: Split) -> np.ndarray:
+    def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [n], -1 where a sample has no label or one that is no integer."""
         return np.array([sample.label for sample in _samples(self, split)], dtype=np.int32)
 
-    def read(self, split: Split, rows: Sequence[int]) -> list[Image]:
+    def read(self, split: SourceSplit, rows: Sequence[int]) -> list[Image]:
         """Images as stored."""
         samples = _samples(self, split)
         images: list[Image] = [EncodedImage(b"", "")] * len(rows)
@@ -55,11 +56,11 @@ class WebDatasetSource:
                         images[position] = EncodedImage(data, samples[row].path)
         return images
 
-    def name(self, split: Split, row: int) -> str:
+    def name(self, split: SourceSplit, row: int) -> str:
         """Shard and key."""
         return _samples(self, split)[row].path
 
-    def problems(self, split: Split) -> Iterator[RowProblem]:
+    def problems(self, split: SourceSplit) -> Iterator[RowProblem]:
         """Samples without an image or a usable label, and keys that occur twice."""
         first_row: dict[str, int] = {}
         for row, sample in enumerate(_samples(self, split)):
@@ -69,6 +70,16 @@ class WebDatasetSource:
                 yield RowProblem(row, sample.path, "no .cls file with a non-negative integer")
             if first_row.setdefault(sample.path, row) != row:
                 yield RowProblem(row, sample.path, f"key occurs twice, first as row {first_row[sample.path]}")
+
+    def class_names(self) -> tuple[str, ...]:
+        """None: labels are numbers."""
+        return ()
+
+    def identity(self, split: SourceSplit) -> str:
+        """The content of the shards that hold the split."""
+        samples = _samples(self, split)
+        paths = list(dict.fromkeys(sample.shard for sample in samples))
+        return content_identity(open_root(self.root)[0], self.folder, paths, self.labels(split))
 
     def provenance(self) -> dict[str, str]:
         """Root and encoding of the first image."""
@@ -114,7 +125,7 @@ class _Sample:
 
 
 @lru_cache(maxsize=32)
-def _samples(source: WebDatasetSource, split: Split) -> tuple[_Sample, ...]:
+def _samples(source: WebDatasetSource, split: SourceSplit) -> tuple[_Sample, ...]:
     filesystem, _ = open_root(source.root)
     names = {"train": source.train, "test": source.test}
     paths = shards(filesystem, source.folder, ".tar", tuple(names.values()))

@@ -1,63 +1,45 @@
-"""Stage 5: result rows to tables, figures and one page, in the run directory's ``report/``."""
+"""The report: tables, figures and one page from the files of finished runs, without Ray, images or recipe."""
 
+import re
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 
-from h2t.costs import BackboneCost
 from h2t.errors import UserError
-from h2t.methods import METHODS
-from pipelines.cluster import Cluster
-from pipelines.config import Config, fingerprint
-from pipelines.extract import package_versions, read_manifest
-from pipelines.report.page import write_report
+from pipelines.report.frames import read_runs
+from pipelines.report.page import build_report
 from pipelines.report.terminal import print_table
 from pipelines.run_directory import RunDirectory
-from pipelines.task_data import TaskData, backbone_folder
 
 __all__ = ["report"]
 
 
-def report(
-    config: Config, works: Sequence[TaskData], run: RunDirectory, cluster: Cluster, console: Console
-) -> None:
-    """Stage 5: tables and figures of the tasks of this recipe, from the files of the other stages."""
-    frames = {
-        stage: run.read_frame(
-            name for work in works for name in run.names(work.folder(stage), recursive=True)
-        )
-        for stage in ("results", "selected", "kept", "bad_rows", "trials")
-    }
-    if frames["results"].empty:
-        raise UserError(f"no results in {run.uri}: run the evaluate stage first")
-    names = write_report(
-        run,
-        frames["results"],
-        frames["selected"],
-        frames["kept"],
-        frames["bad_rows"],
-        _provenance(config, works),
-        trials=frames["trials"],
-        costs={backbone_folder(config): BackboneCost(**read_manifest(works[0], run)["cost"])},
-    )
-    print_table(frames["results"], console)
-    console.print(f"{'report':<9} {len(names)} files; open {run.uri}/report/index.html")
+def report(runs: Sequence[RunDirectory], destination: RunDirectory, console: Console) -> list[str]:
+    """Write the report of one or several runs to a folder and print its main table; the names of the files.
+
+    Files of an earlier report there that this one lacks are deleted; other files stay.
+
+    Raises:
+        UserError: no results, a run directory of another layout, or a file that cannot be read.
+    """
+    frames = read_runs(runs)
+    if frames.results.empty:
+        uris = ", ".join(run.uri for run in runs)
+        raise UserError(f"no results in {uris}: run the evaluate stage first")
+    files = build_report(frames)
+    for name in _files_of_report(destination):
+        if name not in files and destination.exists(name):
+            destination.delete(name)
+    for name, content in files.items():  # the page last: it is whole when it appears
+        destination.write(name, content)
+    print_table(frames.finished, console)
+    console.print(f"{'report':<9} {len(files)} files; open {destination.uri}/index.html")
+    return list(files)
 
 
-def _provenance(config: Config, works: Sequence[TaskData]) -> dict[str, Any]:
-    return {
-        "recipe": config.name,
-        "fingerprint": fingerprint(config),
-        "backbone": config.backbone.model_dump(exclude_none=True),
-        "images": {work.task.name: work.source.provenance() for work in works},
-        "grid": config.grid.model_dump(),
-        "cross-validation": config.cross_validation.model_dump(),
-        "seeds": config.seeds,
-        "fine-tuning": config.finetune.model_dump() if _trains_backbones(config) else "none",
-        "packages": package_versions(),
-    }
-
-
-def _trains_backbones(config: Config) -> bool:
-    return any(METHODS[method].trains_backbone for method in config.methods)
+def _files_of_report(destination: RunDirectory) -> list[str]:
+    """The files that the page of an earlier report links to."""
+    page = destination.read("index.html").decode() if destination.exists("index.html") else ""
+    if "<title>Head2Toe: results" not in page:
+        return []
+    return re.findall(r'href="([\w.-]+\.(?:csv|parquet|md|tex|svg|png))"', page)

@@ -1,23 +1,21 @@
-"""The report's figures: matplotlib, the same bytes for the same numbers.
+"""What the figures share: matplotlib, the same bytes for the same numbers.
 
-Ink has one near-black colour of its own, which ``inline_svg`` turns into the page's text colour, so that a
+Ink has one near-black colour for itself, which ``inline_svg`` turns into the page's text colour, so that a
 figure is legible on a light and on a dark page.
 """
 
 import io
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from pipelines.report.tables import GROUPS, task_title, tasks_in_order
+from pipelines.report.tables import GROUPS
 
 INK, PAPER = "#1c1f25", "#ffffff"
 GROUP_COLOURS = dict(zip(GROUPS, ("#3f87c9", "#d9812b", "#2e9c7b", "#8a7fc0"), strict=True))
@@ -39,89 +37,46 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def gain_figure(gains: pd.DataFrame) -> Figure:
-    """Bars of Head2Toe's gain over linear, one per task, coloured by group.
+@dataclass(frozen=True)
+class ReportFigure:
+    """A figure, its caption, and what it shows in words for those who cannot see it."""
 
-    ``gains``: columns task, group, gain (a fraction of 1), in the order to draw from the top.
+    name: str
+    caption: str
+    description: str
+    svg: str
+    png: bytes
+
+
+def draw(
+    name: str, caption: str, description: str, size: tuple[float, float], fill: Callable[[Axes], None]
+) -> ReportFigure:
+    """The figure that ``fill`` draws into axes of ``size`` inches, in our style whatever the user's is.
+
+    SVG and PNG (160 pixels an inch) both have dark ink on white.
     """
-    with _style():
-        figure, axes = _canvas(7.5, 0.9 + 0.3 * len(gains))
-        positions = np.arange(len(gains))
-        points = 100 * gains["gain"].to_numpy(float)
-        bars = axes.barh(
-            positions, points, color=[GROUP_COLOURS[group] for group in gains["group"]], height=0.7
-        )
-        axes.bar_label(bars, fmt="%+.1f", padding=3, fontsize=8, color=INK)
-        axes.set_yticks(positions, [task_title(task) for task in gains["task"]])
-        axes.invert_yaxis()
-        axes.axvline(0, color=INK, linewidth=0.8)
-        axes.margins(x=0.12)
-        axes.set_xlabel("test accuracy of Head2Toe minus linear, points of percent")
-        _group_legend(axes, set(gains["group"]))
-        return figure
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(STYLE)
+        figure = Figure(figsize=size, layout="constrained")  # no interactive backend knows of it
+        fill(figure.add_subplot())
+        svg, png = io.BytesIO(), io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+    return ReportFigure(name, caption, description, svg.getvalue().decode(), png.getvalue())
 
 
-def kept_figure(kept: pd.DataFrame) -> Figure:
-    """Where the kept features come from: tasks down, taps across, each row summing to 100 %.
-
-    ``kept``: columns task, group, tap, tap_index, share (a fraction of 1).
-    """
-    order = list(tasks_in_order(kept))
-    shares = kept.pivot_table(index="task", columns="tap_index", values="share").fillna(0.0).loc[order]
-    names = kept.drop_duplicates("tap_index").set_index("tap_index")["tap"]
-    taps = [names[index] for index in shares.columns]
-    with _style():
-        width = min(max(4.0, 2.2 + 0.19 * len(taps)), 13.0)
-        longest = max(len(tap) for tap in taps)
-        figure, axes = _canvas(width, 0.9 + 0.3 * len(shares) + 0.07 * longest)
-        mesh = axes.pcolormesh(100 * shares.to_numpy(), cmap="viridis", edgecolors="none")
-        axes.set_yticks(np.arange(len(shares)) + 0.5, [task_title(task) for task in shares.index])
-        axes.set_xticks(np.arange(len(taps)) + 0.5, taps, rotation=90, fontsize=7)
-        axes.tick_params(length=0)
-        axes.invert_yaxis()
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel("tap, from the input to the output")
-        bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05)
-        bar.set_label("% of the kept features")
-        bar.outline.set_visible(False)
-        return figure
+def figure_name(name: str, backbone: str, backbones: Sequence[str]) -> str:
+    """The name of one backbone's figure, fit for a file and a link; of a single backbone it is ``name``."""
+    return name if len(backbones) == 1 else re.sub(r"[^\w.-]+", "-", f"{name}-{backbone}").rstrip("-")
 
 
-def affinity_figure(affinities: pd.DataFrame) -> Figure:
-    """Head2Toe's gain against domain affinity, one labelled point per task (the paper's Figure 2).
-
-    ``affinities``: columns task, group, affinity, gain (fractions of 1).
-    """
-    with _style():
-        figure, axes = _canvas(7.5, 4.2)
-        for group in GROUPS:
-            rows = affinities[affinities["group"] == group]
-            axes.scatter(
-                100 * rows["affinity"], 100 * rows["gain"], s=40, color=GROUP_COLOURS[group], zorder=3
-            )
-        for row in affinities.to_dict("records"):
-            place = (100 * row["affinity"], 100 * row["gain"])
-            axes.annotate(task_title(row["task"]), place, (5, 4), textcoords="offset points", fontsize=8)
-        axes.axhline(0, color=INK, linewidth=0.8)
-        axes.margins(0.12)
-        axes.set_xlabel("domain affinity (linear minus scratch), points of percent")
-        axes.set_ylabel("gain of Head2Toe over linear, points")
-        _group_legend(axes, set(affinities["group"]))
-        return figure
-
-
-def svg_text(figure: Figure) -> str:
-    """A figure as a whole SVG file: dark ink on white."""
-    with _style(), io.BytesIO() as sink:
-        figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
-        return sink.getvalue().decode()
-
-
-def png_bytes(figure: Figure) -> bytes:
-    """A figure as a PNG file: dark ink on white, 160 pixels an inch."""
-    with _style(), io.BytesIO() as sink:
-        figure.savefig(sink, format="png", dpi=160, metadata={"Software": None})
-        return sink.getvalue()
+def group_legend(axes: Axes, groups: Iterable[str]) -> None:
+    """Explain the colours of groups of tasks, where there are several."""
+    shown = [group for group in GROUPS if group in set(groups)]
+    if len(shown) > 1:
+        handles = [Patch(color=GROUP_COLOURS[group], label=group) for group in shown]
+        axes.legend(handles=handles, frameon=False, loc="best", fontsize=8)
 
 
 def inline_svg(name: str, svg: str) -> str:
@@ -131,23 +86,3 @@ def inline_svg(name: str, svg: str) -> str:
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", svg)
     return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(STYLE)
-        yield
-
-
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure in inches that no interactive backend knows of."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _group_legend(axes: Axes, groups: set[str]) -> None:
-    if len(groups) > 1:
-        handles = [Patch(color=GROUP_COLOURS[group], label=group) for group in GROUPS if group in groups]
-        axes.legend(handles=handles, frameon=False, loc="best", fontsize=8)

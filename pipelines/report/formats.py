@@ -56,8 +56,9 @@ def latex(table: ReportTable) -> str:
 
 
 def text_columns(table: ReportTable) -> list[bool]:
-    """Which columns on display hold words rather than numbers."""
-    return [_is_text(table.display.iloc[:, place]) for place in range(table.display.shape[1])]
+    """Which columns on display hold words: a cell that starts with a letter, as no number or dash does."""
+    columns = (table.display.iloc[:, position] for position in range(table.display.shape[1]))
+    return [any(cell[:1].isalpha() for cell in column) for column in columns]
 
 
 def escape_markdown(text: str) -> str:
@@ -82,8 +83,3 @@ def _one_line(header: str | tuple[str, ...]) -> str:
     if isinstance(header, str):
         return header
     return f"{header[0]} {header[1].lower()}" if header[0] == MEAN else header[1]
-
-
-def _is_text(column: pd.Series) -> bool:
-    """Whether a cell starts with a letter: numbers, those with units, and dashes do not."""
-    return any(cell[:1].isalpha() for cell in column)

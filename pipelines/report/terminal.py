@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from itertools import pairwise
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from h2t.metrics import Summary
+from pipelines.report.studies.accuracy import accuracy_table
 from pipelines.report.tables import (
-    accuracy_table,
     backbones_in_order,
-    finished,
     method_title,
     percent,
     summaries,
@@ -28,32 +27,35 @@ WIDE_COLUMN = 14  # "62.4 ± 0.3" and what rich sets between columns
 
 def print_table(results: pd.DataFrame, console: Console) -> None:
     """Print the median accuracies over seeds, in percent: tasks down, methods across."""
-    rows = finished(results) if len(results) else results
-    if rows.empty:
+    if results.empty:
         console.print("No results yet.")
-        return
-    for backbone in backbones_in_order(rows):
-        console.print(terminal_table(rows[rows["backbone"] == backbone], console.width))
+    for backbone in backbones_in_order(results):
+        console.print(terminal_table(results[results["backbone"] == backbone], console.width))
 
 
 def terminal_table(results: pd.DataFrame, width: int) -> Table:
     """The table of one backbone, with deviations over seeds where ``width`` columns have room for them."""
-    source = accuracy_table(results)
-    spreads = {(method, task): found for (_, method, task), found in summaries(results).items()}
-    counts = {found.n for found in spreads.values()}
+    source, groups = accuracy_table(results), tasks_in_order(results)
+    spreads = {(method, task): summary for (_, method, task), summary in summaries(results).items()}
+    counts = {summary.n for summary in spreads.values()}
     methods = list(source.data["method"])
     wide = max(counts) > 1 and NAME_WIDTH + WIDE_COLUMN * len(methods) <= width
     table = _empty_table([method_title(method) for method in methods], width, wide)
-    table.title = _title(str(results["backbone"].iloc[0]), counts, wide)
-    groups = tasks_in_order(results)
+    several = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    seeds = f"median of {several} seeds" if max(counts) > 1 else "one seed"
+    table.title = (
+        f"Test accuracy in percent: {results['backbone'].iloc[0]}, {seeds}"
+        f"{' ± standard deviation' if wide else ''}"
+    )
     values = source.data.drop(columns=["backbone", "method"])
     names = [str(name) for name in values]
-    for place, name in enumerate(names):
-        best = [(row, place + 1) in source.bold for row in range(len(methods))]
-        found = [spreads.get((method, name)) if wide else None for method in methods]
-        cells = [_cell(*each, wide) for each in zip(values[name], found, best, strict=True)]
-        last = place + 1 == len(names) or groups.get(name) != groups.get(names[place + 1])
-        table.add_row(_row_title(name, groups), *cells, end_section=last)
+    for column, (name, following) in enumerate(pairwise([*names, ""]), start=1):
+        cells = [
+            _cell(value, spreads.get((method, name)), (row, column) in source.bold, wide)
+            for row, (method, value) in enumerate(zip(methods, values[name], strict=True))
+        ]
+        title = task_title(name) if name in groups else f"[italic]mean, {name.removeprefix('mean_')}[/]"
+        table.add_row(title, *cells, end_section=not following or groups.get(name) != groups.get(following))
     return table
 
 
@@ -67,21 +69,9 @@ def _empty_table(titles: list[str], width: int, wide: bool) -> Table:
     return table
 
 
-def _title(backbone: str, counts: set[int], wide: bool) -> str:
-    several = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    seeds = f"median of {several} seeds" if max(counts) > 1 else "one seed"
-    return f"Test accuracy in percent: {backbone}, {seeds}{' ± standard deviation' if wide else ''}"
-
-
 def _cell(value: float, spread: Summary | None, best: bool, wide: bool) -> str:
     """A value, with its deviation or as much room where the table is wide."""
     shown = f"[bold green]{percent(value)}[/]" if best else percent(value)
-    if spread is None or math.isnan(spread.std):
+    if not wide or spread is None or math.isnan(spread.std):
         return shown + " " * 6 * wide
     return f"{shown} [dim]± {percent(spread.std)}[/]"
-
-
-def _row_title(name: str, groups: Mapping[str, str]) -> str:
-    if name in groups:
-        return task_title(name)
-    return f"[italic]mean, {name.removeprefix('mean_')}[/]"

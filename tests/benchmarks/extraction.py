@@ -74,7 +74,7 @@ def measure(
             "backbone alone, channels first": lambda: seconds(lambda: forward(default.model, planes)),
         }
         if bfloat16:
-            rough = load_backbone(name, weights="random", image_size=size, dtype="bfloat16")
+            rough = load_backbone(name, weights="random", image_size=size, precision="bfloat16")
             variants["pooled, bfloat16"] = lambda: pooled(rough, targets, images)
         times = {variant: [work()] for variant, work in variants.items()}  # the first round warms up
         for _ in range(rounds):

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from h2t.backbones.loading import load_backbone
-from h2t.finetuning import TrainableModel, embedding_selection, train
+from h2t.finetuning import FinetuneOptions, TrainableModel, embedding_features, train
 from h2t.images.preprocessing import Preprocessing, to_batch
-from pipelines.config import FinetuneConfig
 
 ROUNDS, STEPS, BATCH = 4, 6, 32
 CASES = (("efficientnet_lite0", 64), ("resnet18", 64), ("test_vit", 160))
@@ -40,7 +39,7 @@ def own_steps(name: str, size: int, images: list[np.ndarray], labels: np.ndarray
     """A training of ``STEPS`` steps, with making its optimizer and preparing the images."""
     backbone = load_backbone(name, weights="random", image_size=size)
     model = TrainableModel(
-        backbone, embedding_selection(backbone), 16, options=FinetuneConfig(batch_size=BATCH)
+        backbone, embedding_features(backbone), 16, options=FinetuneOptions(batch_size=BATCH)
     )
 
     def steps() -> None:

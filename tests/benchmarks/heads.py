@@ -1,4 +1,4 @@
-"""How fast heads are trained: ``python -m tests.benchmarks.heads [--quick]``.
+"""Measure how fast heads are trained: ``python -m tests.benchmarks.heads [--quick]``.
 
 Every figure is a ratio of processor times taken alternately in one process on one thread, so that what else
 the machine does falls on both sides. The plain loop trains one head at a time with autograd, the group lasso
@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from tabulate import tabulate
 
 from h2t.features import FeatureLayout
 from h2t.head2toe import GROUP_BYTES, fit
-from h2t.heads.blocks import Group
+from h2t.heads.blocks import HeadGroup
 from h2t.heads.spec import HeadSpec, Precision
 from h2t.heads.trainer import Batches, HeadTrainer
 from h2t.heads.training import train_heads
@@ -37,7 +39,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 STEP_FLOPS = 4 * N_ROWS / 7  # of the products of a step per weight: seven batches in 800 rows
 
 
-def made(n_features: int, n_classes: int = N_CLASSES) -> tuple[torch.Tensor, torch.Tensor]:
+def random_data(n_features: int, n_classes: int = N_CLASSES) -> tuple[torch.Tensor, torch.Tensor]:
     """Random features of about unit norm per tap, float32 [800, n_features], and labels."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, n_classes, (N_ROWS,), generator=generator)
@@ -73,11 +75,13 @@ class Peak:
 
 
 def trainer(
-    labels: torch.Tensor, *groups: tuple[torch.Tensor, list[HeadSpec]], dtype: Precision = "float32"
+    labels: torch.Tensor, *groups: tuple[torch.Tensor, list[HeadSpec]], precision: Precision = "float32"
 ) -> HeadTrainer:
     """A trainer of groups of heads that has taken a step, so that its memory is there."""
     batches = Batches(labels, int(labels.max()) + 1, BATCH)
-    ready = HeadTrainer(batches, [Group(rows.to(getattr(torch, dtype)), specs) for rows, specs in groups])
+    ready = HeadTrainer(
+        batches, [HeadGroup(rows.to(getattr(torch, precision)), specs) for rows, specs in groups]
+    )
     ready.step(0)
     return ready
 
@@ -113,7 +117,7 @@ class PlainLoop:
 
 def phase_1(rounds: int, n_steps: int) -> Table:
     """Head-steps of stacks of several sizes beside the plain loop and the peak."""
-    features, labels = made(N_FEATURES)
+    features, labels = random_data(N_FEATURES)
     plain, peak, rows = PlainLoop(features, labels), Peak(), []
     for n_heads in (1, 4, 18, 36):
         specs = (grid(1000) * 2)[:: -(-18 // n_heads)][:n_heads]
@@ -140,7 +144,7 @@ def phase_1(rounds: int, n_steps: int) -> Table:
 
 def where_the_time_goes() -> Table:
     """Share of each operation in the steps of a stack of 18 heads."""
-    features, labels = made(N_FEATURES)
+    features, labels = random_data(N_FEATURES)
     stack = trainer(labels, (features, grid(1000)))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         take(stack, 14)
@@ -150,25 +154,27 @@ def where_the_time_goes() -> Table:
     return [{"operation": event.key, "share": event.self_cpu_time_total / total} for event in top]
 
 
-def phase_2(rounds: int, n_steps: int, dtype: Precision = "float32") -> Table:
+def phase_2(rounds: int, n_steps: int, precision: Precision = "float32") -> Table:
     """Final heads of eight fractions times two rates and two coefficients, beside the plain loop."""
-    features, labels = made(N_FEATURES)
+    features, labels = random_data(N_FEATURES)
     rows, sums = [], np.zeros(2)
     for sizes in side_by_side():
         groups = [
             (kept_features(features, n_kept)[:count], final_specs()[:count])
             for n_kept, count in sizes.items()
         ]
-        stack = trainer(labels, *groups, dtype=dtype)
+        stack = trainer(labels, *groups, precision=precision)
         plain = {
-            n_kept: PlainLoop(own[0], labels, regularized=False)
-            for n_kept, (own, _) in zip(sizes, groups, strict=True)
+            n_kept: PlainLoop(matrices[0], labels, regularized=False)
+            for n_kept, (matrices, _) in zip(sizes, groups, strict=True)
         }
         seen = []
         for _ in range(rounds):
             ours = take(stack, n_steps)
-            each = {n_kept: processor_time(lambda: plain[n_kept].run(n_steps)) / n_steps for n_kept in sizes}  # noqa: B023
-            seen.append((ours, sum(each[n_kept] * count for n_kept, count in sizes.items())))
+            theirs = 0.0
+            for n_kept, count in sizes.items():
+                theirs += count * processor_time(partial(plain[n_kept].run, n_steps)) / n_steps
+            seen.append((ours, theirs))
         ours, theirs = (median(values) for values in zip(*seen, strict=True))
         sums += ours, theirs
         rows.append(phase_2_row(", ".join(map(str, sizes)), sum(sizes.values()), ours, theirs))
@@ -210,36 +216,26 @@ def kept_features(features: torch.Tensor, n_kept: int) -> torch.Tensor:
     return torch.stack([features[:, start::every][:, :n_kept] for start in range(len(final_specs()))])
 
 
-def sweep_settings(shorter: int = 1) -> list[Hyperparameters]:
+def paper_grid(shorter: int = 1) -> list[Hyperparameters]:
     """The paper's grid at one target size, with ``shorter`` times fewer steps."""
-    steps = [steps // shorter for steps in STEPS]
-    methods = {
-        "linear": (),
-        "all_l2": COEFFICIENTS,
-        "all_l1": COEFFICIENTS,
-        "all_l21": COEFFICIENTS,
-        "head2toe": SCORING_COEFFICIENTS,
-    }
-    return [
-        point
-        for name, coefficients in methods.items()
-        for point in search_space(
-            name,
-            target_sizes=[1024],
-            learning_rates=RATES,
-            steps=steps,
-            coefficients=coefficients,
-            keep_fractions=FRACTIONS,
-        )
-    ]
+    values = SimpleNamespace(
+        target_size=[1024],
+        learning_rate=RATES,
+        steps=[steps // shorter for steps in STEPS],
+        coefficient=COEFFICIENTS,
+        head2toe_coefficient=SCORING_COEFFICIENTS,
+        keep_fraction=FRACTIONS,
+    )
+    methods = ("linear", "all_l2", "all_l1", "all_l21", "head2toe")
+    return [point for method in methods for point in search_space(method, values)]
 
 
-def plain_sweep_seconds(settings: Iterable[Hyperparameters], n_steps: int = 14) -> float:
-    """Processor time that the plain loop would need for all settings of a fold, from its time per step."""
-    features, labels = made(N_FEATURES)
+def plain_sweep_seconds(points: Iterable[Hyperparameters], n_steps: int = 14) -> float:
+    """Processor time that the plain loop would need for all points of a fold, from its time per step."""
+    features, labels = random_data(N_FEATURES)
     per_step: dict[int, float] = {}
     scoring, total = set(), 0.0
-    for point in settings:
+    for point in points:
         sizes = [2048 if point.method == "linear" else int(N_FEATURES * point.keep_fraction)]
         phase = (point.learning_rate, point.steps, point.coefficient)
         if point.method == "head2toe" and phase not in scoring:  # once for all fractions, as in the paper
@@ -258,18 +254,18 @@ def plain_step_seconds(features: torch.Tensor, labels: torch.Tensor, n_steps: in
     return median(processor_time(lambda: plain.run(n_steps)) for _ in range(3)) / n_steps
 
 
-def whole_sweep(shorter: int) -> Table:
-    """All settings of one fold by ``fit``, with ``shorter`` times fewer steps, beside the plain loop."""
-    features, labels = made(N_FEATURES)
+def one_fold(shorter: int) -> Table:
+    """All points of one fold by ``fit``, with ``shorter`` times fewer steps, beside the plain loop."""
+    features, labels = random_data(N_FEATURES)
     widths = [N_FEATURES // N_TAPS] * (N_TAPS - 1)
     layout = FeatureLayout(tuple(map(str, range(N_TAPS))), (*widths, N_FEATURES - sum(widths)))
-    settings = sweep_settings(shorter)
+    points = paper_grid(shorter)
     options = {"n_classes": N_CLASSES, "embedding": str(N_TAPS - 1)}
-    theirs = plain_sweep_seconds(settings)
-    ours = processor_time(lambda: list(fit(features.numpy(), labels.numpy(), layout, settings, **options)))  # type: ignore[arg-type]
+    theirs = plain_sweep_seconds(points)
+    ours = processor_time(lambda: list(fit(features.numpy(), labels.numpy(), layout, points, **options)))  # type: ignore[arg-type]
     return [
         {
-            "settings": len(settings),
+            "points": len(points),
             "steps": str([s // shorter for s in STEPS]),
             "fit, s": ours,
             "plain loop, s": theirs,
@@ -280,7 +276,7 @@ def whole_sweep(shorter: int) -> Table:
 
 def peak_memory(n_features: int, n_heads: int) -> None:
     """Print bytes beyond what was there before the features were made (run in a process of its own)."""
-    features, labels = made(1024)
+    features, labels = random_data(1024)
     train_heads(features, labels, [HeadSpec(0.1, 1)], n_classes=N_CLASSES)
     before = high_water()
     matrix = np.random.default_rng(0).random((N_ROWS, n_features), dtype=np.float32)
@@ -329,15 +325,15 @@ def needed_bytes(n_rows: int, n_features: int, n_classes: int, n_heads: int) -> 
 
 def budget(n_features: int, n_steps: int) -> Table:
     """A stack under memory budgets: time and largest difference of a weight from the stack without one."""
-    features, labels = made(n_features)
+    features, labels = random_data(n_features)
     specs = [HeadSpec(0.01, n_steps, "l21", 1e-3, seed) for seed in range(4)]
-    one, rows, whole = 3 * 4 * n_features * N_CLASSES, [], None
+    one, rows, unbounded = 3 * 4 * n_features * N_CLASSES, [], None
     for name, bound in (("none", None), ("two heads", 2 * one), ("less than a head", one // 2)):
         started = time.process_time()
         stack = train_heads(features, labels, specs, n_classes=N_CLASSES, memory_budget=bound)
         seconds = time.process_time() - started
-        whole = stack if whole is None else whole
-        difference = float((stack.weight - whole.weight).abs().max())
+        unbounded = unbounded or stack
+        difference = float((stack.weight - unbounded.weight).abs().max())
         rows.append({"budget": name, "seconds": seconds, "largest difference of a weight": difference})
     return rows
 
@@ -347,7 +343,7 @@ def growth(largest: int, n_steps: int) -> Table:
     rows = []
     for n_features in (30_000, 120_000, 480_000):
         for n_classes in (10, 100):
-            features, labels = made(n_features, n_classes)
+            features, labels = random_data(n_features, n_classes)
             for n_heads in (1, 4, 16):
                 if needed_bytes(N_ROWS, n_features, n_classes, n_heads) > largest:
                     continue
@@ -367,14 +363,14 @@ def growth(largest: int, n_steps: int) -> Table:
 
 def lower_precision(rounds: int, n_steps: int) -> Table:
     """Products in bfloat16 beside float32: time, kept features and training accuracy."""
-    features, labels = made(N_FEATURES)
-    full, half = (trainer(labels, (features, grid(1000)), dtype=dtype) for dtype in PRECISIONS)
+    features, labels = random_data(N_FEATURES)
+    full, half = (trainer(labels, (features, grid(1000)), precision=precision) for precision in PRECISIONS)
     seen = [(take(full, n_steps), take(half, n_steps)) for _ in range(rounds)]
     del full, half
     spec = [HeadSpec(0.01, 100, "l21", 1e-3)]
     kept, accuracy = [], []
-    for dtype in PRECISIONS:
-        stack = train_heads(features, labels, spec, n_classes=N_CLASSES, dtype=dtype)
+    for precision in PRECISIONS:
+        stack = train_heads(features, labels, spec, n_classes=N_CLASSES, precision=precision)
         kept.append(keep_top(relevance_scores(stack.weight[0]), 0.01))
         accuracy.append(
             float(((features @ stack.weight[0] + stack.bias[0]).argmax(1) == labels).float().mean())
@@ -402,7 +398,7 @@ def main() -> None:
         "Phase 1: 30,440 features, 10 classes": lambda: phase_1(rounds, n_steps),
         "Where the time of 18 heads goes": where_the_time_goes,
         "Phase 2: heads on kept features": lambda: phase_2(rounds, 10 * n_steps),
-        "All settings of one fold": lambda: whole_sweep(250 if quick else 25),
+        "All points of one fold": lambda: one_fold(250 if quick else 25),
         "Peak memory": lambda: memory(120_000 if quick else 467_688),
         "Memory budget": lambda: budget(30_440 if quick else 120_000, 10),
         "Growth": lambda: growth(2**28 if quick else 3 * 2**30, 1 if quick else 3),

@@ -5,14 +5,24 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 from safetensors.numpy import load, save
+from scipy.special import softmax
 
 from h2t.adapter import Adapter, load_head, save_head
 from h2t.backbones.loading import load_backbone
 from h2t.backbones.tap_reader import feature_layout
 from h2t.errors import UserError
-from h2t.extraction import extract_features
+from h2t.extraction import extract_features, preprocessing_for
 from h2t.features import FeatureLayout
-from h2t.head2toe import Head, fit, predict
+from h2t.finetuning import (
+    FinetuneOptions,
+    KeptFeatures,
+    TrainableModel,
+    embedding_features,
+    predict_logits,
+    save_model,
+    train,
+)
+from h2t.head2toe import Head, fit, logits
 from h2t.hyperparameters import Hyperparameters
 
 SIZE, TARGET = 48, 32
@@ -31,16 +41,16 @@ def images():
     colours = np.array([[200, 40, 40], [40, 40, 200]])
     sides = random.integers(30, 60, 24)
     noise = [random.integers(-30, 30, (side, side + 5, 3)) for side in sides]
-    return [(colours[place % 2] + each).astype(np.uint8) for place, each in enumerate(noise)]
+    return [(colours[index % 2] + values).astype(np.uint8) for index, values in enumerate(noise)]
 
 
 @pytest.fixture(scope="module")
 def head(backbone, images):
     features = extract_features(backbone, images, TARGET)
-    settings = [Hyperparameters("head2toe", TARGET, 0.1, 20, 1e-4, 0.1)]
+    points = [Hyperparameters("head2toe", TARGET, 0.1, 20, 1e-4, 0.1)]
     layout = feature_layout(backbone, TARGET)
     labels = np.arange(len(images)) % 2
-    return next(fit(features, labels, layout, settings, n_classes=2, embedding="pre_logits"))
+    return next(fit(features, labels, layout, points, n_classes=2, embedding="pre_logits"))
 
 
 def saved(head, classes=2, provenance=None):
@@ -70,13 +80,11 @@ def test_what_is_saved_comes_back(tmp_path):
     path = tmp_path / "head.safetensors"
     save_head(head, path, provenance={"task": "täsk"}, classes=["a", "b", "c"])
     for source in (path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes())):
-        found, provenance = load_head(source)
+        loaded, provenance = load_head(source)
         assert provenance == {"task": "täsk"}
-        assert (found.settings, found.seed, found.layout) == (head.settings, head.seed, head.layout)
-        assert found.train_loss == head.train_loss
-        for name in ("kept", "weight", "bias"):
-            np.testing.assert_array_equal(getattr(found, name), getattr(head, name))
-            assert getattr(found, name).dtype == getattr(head, name).dtype
+        for name, value in vars(head).items():
+            np.testing.assert_array_equal(getattr(loaded, name), value)
+            assert np.asarray(getattr(loaded, name)).dtype == np.asarray(value).dtype
 
 
 def test_equal_heads_give_equal_bytes():
@@ -96,6 +104,7 @@ def damaged():
     yield "empty", b"", "damaged"
     yield "short", good[:-3], "damaged"
     yield "noise", bytes(range(256)), "damaged"
+    yield "another's", save(tensors, metadata={"format": "pt"}), "no metadata of ours"
     yield "other tensors", save({"x": tensors["bias"]}, metadata=metadata), "damaged"
     yield "no metadata", save(tensors), "damaged"
     other = {"head": json.dumps(json.loads(metadata["head"]) | {"format": "other"})}
@@ -116,6 +125,19 @@ def test_damaged_heads_are_refused(data, message):
         load_head(data)
 
 
+def test_a_foreign_file_is_named(tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    path.write_bytes(save({"x": np.zeros(2)}))
+    for load_file in (load_head, Adapter.load):
+        with pytest.raises(
+            UserError, match=r"'.*foreign\.safetensors' is not a head.* saved by this package"
+        ):
+            load_file(path)
+        for source in (path.read_bytes(), io.BytesIO(path.read_bytes())):
+            with pytest.raises(UserError, match="the given bytes is not a head"):
+                load_file(source)
+
+
 def test_a_missing_file_and_wrong_classes_are_the_users(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.safetensors"):
         load_head(tmp_path / "nothing.safetensors")
@@ -124,18 +146,16 @@ def test_a_missing_file_and_wrong_classes_are_the_users(tmp_path):
 
 
 def test_features_are_the_same_whatever_the_batch(backbone, images):
-    whole = extract_features(backbone, images, TARGET)
-    np.testing.assert_allclose(extract_features(backbone, images, TARGET, batch_size=5), whole, atol=1e-5)
-    assert whole.shape == (24, feature_layout(backbone, TARGET).n_features)
+    features = extract_features(backbone, images, TARGET)
+    np.testing.assert_allclose(extract_features(backbone, images, TARGET, batch_size=5), features, atol=1e-5)
+    assert features.shape == (24, feature_layout(backbone, TARGET).n_features)
 
 
 def test_adapter_predicts_what_the_head_does(backbone, images, head):
     labels, probabilities = Adapter(backbone, head).predict(images)
-    logits = predict(head, extract_features(backbone, images, TARGET))
-    np.testing.assert_array_equal(labels, logits.argmax(1))
-    np.testing.assert_allclose(
-        np.log(probabilities[:, 1] / probabilities[:, 0]), logits[:, 1] - logits[:, 0], atol=1e-4
-    )
+    expected = logits(head, extract_features(backbone, images, TARGET))
+    np.testing.assert_array_equal(labels, expected.argmax(1))
+    np.testing.assert_allclose(probabilities, softmax(expected, axis=1), atol=1e-6)
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
     assert (labels == np.arange(24) % 2).mean() > 0.9
 
@@ -163,3 +183,40 @@ def test_adapter_refuses_a_backbone_with_other_features(images, head):
 def test_a_head_without_its_backbone_says_so(head):
     with pytest.raises(UserError, match="which backbone"):
         Adapter.load(saved(head))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_adapter_of_a_finetuned_model_predicts_what_the_model_does(tmp_path, images, precision):
+    backbone = load_backbone("test_resnet", weights="random", image_size=SIZE, seed=3)
+    layout = feature_layout(backbone, TARGET)
+    features = KeptFeatures(np.arange(0, layout.n_features, 5), layout, TARGET)
+    model = TrainableModel(backbone, features, 2, options=FinetuneOptions(batch_size=24, precision=precision))
+    preprocessing = preprocessing_for(backbone, normalization="minus_one_to_one")
+    arguments = {"learning_rate": 0.05, "steps": 15}
+    train(model, images, np.arange(24) % 2, preprocessing, **arguments)
+    section = CONFIG | {
+        "weights": "auto",
+        "sha256": "0" * 64,
+    }  # neither is asked for: weights are in the file
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save_model(model, features, {"backbone": section, "classes": ["red", "blue"]}))
+    labels, probabilities = Adapter.load(path).predict(images)
+    expected = predict_logits(model, images, preprocessing)
+    np.testing.assert_array_equal(probabilities, softmax(expected, axis=1))
+    assert labels.tolist() == np.array(["red", "blue"])[expected.argmax(1)].tolist()
+    assert (labels == np.array(["red", "blue"])[np.arange(24) % 2]).mean() > 0.9
+    with pytest.raises(UserError, match="expected a list of images"):
+        Adapter.load(path).predict(str(path))
+    with pytest.raises(UserError, match="not a head saved by this package"):
+        load_head(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"model\.safetensors' is not .* or is damaged"):
+        Adapter.load(path)
+
+
+def test_a_model_without_its_backbone_says_so():
+    backbone = load_backbone("test_resnet", weights="random", image_size=SIZE)
+    features = embedding_features(backbone)
+    model = TrainableModel(backbone, features, 2, options=FinetuneOptions())
+    with pytest.raises(UserError, match="which backbone"):
+        Adapter.load(save_model(model, features, {}))

@@ -2,30 +2,43 @@ import pytest
 import torch
 
 from h2t import costs, paper
-from h2t.costs import PAPER_RESNET50, BackboneCost, HeadSize
+from h2t.costs import BackboneCost, HeadSize
+from h2t.methods import METHODS
 
 TINY = BackboneCost(forward_flops=1000, parameters=50, embedding_width=8)
 HEAD = HeadSize(n_features=40, n_kept=4, n_classes=3)
+# Table 3's ResNet-50 at 240 pixels. The table states neither figure; every printed digit comes out for
+# 6.9475e9 to 6.9477e9 operations and 23,481,497 to 23,481,567 parameters. A counter gives 9.607e9 operations
+# and 23,500,352 parameters for the same network, so our own reports use measured figures.
+PAPER_RESNET50 = BackboneCost(forward_flops=6_947_600_000, parameters=23_481_536, embedding_width=2048)
+TABLE_3 = paper.published()[
+    "table3"
+]  # a row: F, features, classes; FLOPs and size / fine-tuning's; / linear's
 
 
-@pytest.mark.parametrize("title", paper.task_titles())
-def test_table_3_to_every_printed_digit(title):
-    printed, chosen = paper.relative_costs()[title], paper.hyperparameters("resnet50")[title]
-    assert printed.keep_fraction == chosen.keep_fraction
-    head = HeadSize(printed.n_features, int(printed.n_features * printed.keep_fraction), printed.n_classes)
-    found = costs.relative_cost(PAPER_RESNET50, head, chosen.steps)
-    assert tuple(round(share, 6) for share in found) == printed[3:]
+def relative_cost(head: HeadSize, steps: int) -> list[float]:
+    """Head2Toe's operations and bytes relative to fine-tuning's, and its bytes to linear's."""
+    flops = costs.training_flops("head2toe", PAPER_RESNET50, head, steps)
+    stored = costs.storage_bytes("head2toe", PAPER_RESNET50, head)
+    return [
+        flops / costs.training_flops("finetune", PAPER_RESNET50, head, steps),
+        stored / costs.storage_bytes("finetune", PAPER_RESNET50, head),
+        stored / costs.storage_bytes("linear", PAPER_RESNET50, head),
+    ]
+
+
+@pytest.mark.parametrize(("title", "row"), list(zip(paper.task_titles(), TABLE_3, strict=True)))
+def test_table_3_to_every_printed_digit(title, row):
+    fraction, n_features, n_classes, *printed = row
+    chosen = paper.hyperparameters("resnet50")[title]
+    assert fraction == chosen.keep_fraction
+    head = HeadSize(n_features, int(n_features * fraction), n_classes)
+    assert [round(share, 6) for share in relative_cost(head, chosen.steps)] == printed
 
 
 def test_average_row_of_table_3():
-    rows = list(paper.relative_costs().values())
-    averages = [sum(row[column] for row in rows) / len(rows) for column in (3, 4, 5)]
+    averages = [sum(row[column] for row in TABLE_3) / len(TABLE_3) for column in (3, 4, 5)]
     assert averages == pytest.approx(paper.published()["table3_average"], abs=1.1e-6)
-
-
-def test_searching_for_the_fraction_costs_a_fifth_more():
-    """Appendix A says 18 %; its fractions add up to 0.1885."""
-    assert costs.search_factor((0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)) == pytest.approx(1.1885)
 
 
 def test_operations_by_hand():
@@ -33,6 +46,7 @@ def test_operations_by_hand():
     tuning = 3 * (1000 + 2 * 8 * 3) * 128 * 10
     assert costs.training_flops("head2toe", TINY, HEAD, 10) == frozen
     assert costs.training_flops("all_l1", TINY, HEAD, 10) == frozen
+    assert costs.training_flops("random_features", TINY, HEAD, 10) == 1000 * 1000 + 4 * 4 * 3 * 128 * 10
     assert costs.training_flops("linear", TINY, HEAD, 10) == 1000 * 1000 + 4 * 8 * 3 * 128 * 10
     assert costs.training_flops("finetune", TINY, HEAD, 10) == tuning
     assert costs.training_flops("scratch", TINY, HEAD, 10) == tuning
@@ -49,6 +63,14 @@ def test_bytes_by_hand():
         "head2toe_ft": 4 * (50 + 4 * 3) + 5,
     }
     assert {method: costs.storage_bytes(method, TINY, HEAD) for method in expected} == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_cost_between_the_forward_passes_and_both_trainings(method):
+    frozen = costs.features_flops(TINY)
+    flops = costs.training_flops(method, TINY, HEAD, 10)
+    both = costs.training_flops("all_l2", TINY, HEAD, 10) + costs.finetuning_flops(TINY, 40, 3, 10)
+    assert (0 if METHODS[method].trains_backbone else frozen) < flops <= both
 
 
 def test_measured_operations_are_those_of_the_layers():

@@ -1,42 +1,75 @@
-"""Search spaces, and heads of many settings trained in one call."""
+"""Search spaces, heads of many points trained in one call, and the prediction of many heads at once."""
 
 import json
-from dataclasses import replace
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from h2t import methods
+from h2t import head2toe
 from h2t.errors import UserError
-from h2t.features import FeatureLayout, select, unit_norm
-from h2t.head2toe import Head, fit, predict
+from h2t.features import FeatureLayout, keep_features, unit_norm
+from h2t.head2toe import Head, HeadBank, fit, logits
+from h2t.heads.blocks import HeadGroup, HeadStack
 from h2t.heads.spec import HeadSpec
-from h2t.heads.training import train_heads
+from h2t.heads.trainer import Batches, HeadTrainer
 from h2t.hyperparameters import Hyperparameters
-from h2t.methods import METHODS, find_method, search_space
+from h2t.methods import METHODS, Method, find_method, search_space
 from h2t.metrics import cross_entropy
-from h2t.selection import keep_top, relevance_scores
+from h2t.selection import RULES, keep_top, relevance_scores
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 ARRAYS = np.load(GOLDENS / "traj.npz")
 NOTES = json.loads((GOLDENS / "traj.json").read_text())
-GRID = {
-    "target_sizes": [512, 8192],
-    "learning_rates": [0.1, 0.01],
-    "steps": [20, 30],
-    "coefficients": [1e-3, 1e-5],
-    "keep_fractions": [0.02, 0.1, 1.0],
-}
+FROZEN = [name for name, method in METHODS.items() if not method.trains_backbone]
+
+
+@dataclass(frozen=True)
+class Values:
+    target_size: list[int] = field(default_factory=lambda: [512, 8192])
+    learning_rate: list[float] = field(default_factory=lambda: [0.1, 0.01])
+    steps: list[int] = field(default_factory=lambda: [20, 30])
+    coefficient: list[float] = field(default_factory=lambda: [1e-3, 1e-4, 1e-5])
+    head2toe_coefficient: list[float] = field(default_factory=lambda: [1e-3, 1e-5])
+    keep_fraction: list[float] = field(default_factory=lambda: [0.02, 0.1, 1.0])
+
+
+GRID, ONE_SIZE = Values(), Values(target_size=[512])
 LAYOUT = FeatureLayout(("early", "middle", "pre_logits"), (60, 100, 40))
 
 
-def test_search_spaces_leave_out_what_a_method_does_not_use() -> None:
-    sizes = {name: len(search_space(name, **GRID)) for name in ("linear", "all_l2", "all_l21", "head2toe")}
-    assert sizes == {"linear": 4, "all_l2": 16, "all_l21": 16, "head2toe": 48}
-    assert {point.target_size for point in search_space("linear", **GRID)} == {512}
-    assert {point.keep_fraction for point in search_space("all_l1", **GRID)} == {1.0}
-    assert len(set(search_space("head2toe", **GRID))) == 48
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_search_spaces_leave_out_what_a_method_does_not_use(method: Method) -> None:
+    points = search_space(method.name, GRID)
+    assert len(set(points)) == len(points)
+    axes = {
+        axis: {getattr(point, axis) for point in points} for axis in vars(GRID) if axis in vars(points[0])
+    }
+    assert axes["target_size"] == ({512} if method.features == "embedding" else {512, 8192})
+    assert axes["coefficient"] == (set(getattr(GRID, method.coefficients)) if method.regularizer else {0.0})
+    assert axes["keep_fraction"] == (set(GRID.keep_fraction) if method.features == "kept" else {1.0})
+    assert len(points) == math.prod(len(values) for values in axes.values())
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_methods_are_consistent(method: Method) -> None:
+    assert (method.features == "kept") == (method.selection in RULES)
+    assert method.scored or method.features == "kept"
+    others = {*method.best_of, *([method.builds_on] if method.builds_on else [])}
+    assert others <= METHODS.keys() - {method.name}
+    assert method.trains_backbone or not others
+
+
+def test_methods_and_search_spaces_need_no_torch() -> None:
+    """So that the command line answers at once."""
+    modules = "h2t.methods, h2t.hyperparameters, h2t.heads.spec, h2t.folds"
+    script = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_an_unknown_method_names_the_nearest() -> None:
@@ -51,25 +84,30 @@ def test_two_phases_end_where_the_official_code_ends(case: str) -> None:
     layout = FeatureLayout(("0", "1", "2", "3"), tuple(NOTES["layer_sizes"]))
     rate, steps = notes["learning_rate"], notes["training_steps"]
     scoring = HeadSpec(rate, steps, "l21", notes["ow_group_lrp_regularizer_coef"])
-    start = {"initial_weight": ARRAYS["W0"], "initial_bias": ARRAYS["b0"]}
-    scored = train_heads(unit_norm(ARRAYS["X"], layout), ARRAYS["y"], [scoring], n_classes=5, **start)
+    scored = golden_head(unit_norm(ARRAYS["X"], layout), scoring, ARRAYS["W0"])
     kept = keep_top(relevance_scores(scored.weight[0]), notes["keep_fraction"])
     official = np.concatenate([ARRAYS[f"e2e_{case}/sfi_L{tap}"] + layout.offsets[tap] for tap in range(4)])
     order = np.argsort(official)  # the official code keeps a tap's features in the order of their scores
     np.testing.assert_array_equal(kept, official[order])
 
     first, last = (ARRAYS[f"e2e_{case}/{name}"][order] for name in ("W0_phase2", "W_phase2"))
-    final = train_heads(select(ARRAYS["X"], layout, kept), ARRAYS["y"], [HeadSpec(rate, steps)], n_classes=5,
-                        initial_weight=first, initial_bias=np.zeros(5, np.float32))  # fmt: skip
+    final = golden_head(keep_features(ARRAYS["X"], layout, kept), HeadSpec(rate, steps), first)
     np.testing.assert_allclose(final.weight[0], last, atol=1e-5, rtol=0)
     point = Hyperparameters("head2toe", 512, rate, steps, scoring.coefficient, notes["keep_fraction"])
     head = Head(point, 0, kept, layout, final.weight[0].numpy(), final.bias[0].numpy(), 0.0)
-    logits = predict(head, ARRAYS["Xtest"])
-    np.testing.assert_allclose(logits, ARRAYS[f"e2e_{case}/test_logits"], atol=3e-5, rtol=0)
-    assert (logits.argmax(1) == ARRAYS["ytest"]).mean() == pytest.approx(notes["query_accuracy_true"])
+    predicted = logits(head, ARRAYS["Xtest"])
+    np.testing.assert_allclose(predicted, ARRAYS[f"e2e_{case}/test_logits"], atol=3e-5, rtol=0)
+    assert (predicted.argmax(1) == ARRAYS["ytest"]).mean() == pytest.approx(notes["query_accuracy_true"])
 
 
-def made() -> tuple[np.ndarray, np.ndarray]:
+def golden_head(features: np.ndarray, spec: HeadSpec, start: np.ndarray) -> HeadStack:
+    """A head trained from given weights; all official biases start at zero."""
+    labels = torch.from_numpy(ARRAYS["y"].astype(np.int64))
+    group = HeadGroup(torch.from_numpy(np.array(features)), [spec], weight=torch.from_numpy(start)[None])
+    return HeadTrainer(Batches(labels, NOTES["classes"], NOTES["batch"]), [group]).train()[0]
+
+
+def example() -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(1)
     labels = generator.integers(0, 4, 150)
     features = generator.normal(size=(150, 200)) + generator.normal(size=(4, 200))[labels]
@@ -78,29 +116,27 @@ def made() -> tuple[np.ndarray, np.ndarray]:
 
 
 def everything() -> list[Hyperparameters]:
-    one_size = {**GRID, "target_sizes": [512]}
-    names = ("linear", "all_l2", "all_l1", "all_l21", "head2toe")
-    return [point for name in names for point in search_space(name, **one_size)]
+    return [point for name in FROZEN for point in search_space(name, ONE_SIZE)]
 
 
 def fitted(points: list[Hyperparameters], **options: object) -> dict[tuple[Hyperparameters, int], Head]:
-    features, labels = made()
+    features, labels = example()
     features.flags.writeable = False
     heads = fit(features, labels, LAYOUT, points, n_classes=4, embedding="pre_logits", **options)  # type: ignore[arg-type]
-    return {(head.settings, head.seed): head for head in heads}
+    return {(head.hyperparameters, head.seed): head for head in heads}
 
 
-def test_a_call_gives_every_setting_and_seed_once() -> None:
+def test_a_call_gives_every_point_and_seed_once() -> None:
     points = everything()
     heads = fitted(points, seeds=(0, 5))
     assert set(heads) == {(point, seed) for point in points for seed in (0, 5)}
-    features, labels = made()
+    features, labels = example()
     for (point, _), head in heads.items():
         expected = 40 if point.method == "linear" else int(200 * point.keep_fraction)
         assert head.weight.shape == (expected, 4)
         assert len(head.kept) == expected
         assert head.weight.flags.c_contiguous
-        assert cross_entropy(predict(head, features), labels) == pytest.approx(head.train_loss, abs=1e-4)
+        assert cross_entropy(logits(head, features), labels) == pytest.approx(head.train_loss, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +148,11 @@ def test_a_call_gives_every_setting_and_seed_once() -> None:
         Hyperparameters("head2toe", 512, 0.01, 30, 1e-3, 0.1),
         Hyperparameters("head2toe", 512, 0.1, 20, 1e-5, 0.02),
         Hyperparameters("head2toe", 512, 0.01, 20, 1e-5, 1.0),
+        Hyperparameters("head2toe_layergroup", 512, 0.01, 20, 1e-3, 0.1),
+        Hyperparameters("random_features", 512, 0.1, 30, 0.0, 0.1),
     ],
 )
-def test_a_head_does_not_depend_on_the_other_settings(point: Hyperparameters) -> None:
+def test_a_head_does_not_depend_on_the_other_points(point: Hyperparameters) -> None:
     together, alone = fitted(everything())[point, 0], fitted([point])[point, 0]
     np.testing.assert_array_equal(together.kept, alone.kept)
     np.testing.assert_allclose(together.weight, alone.weight, atol=1e-4, rtol=0)
@@ -123,42 +161,63 @@ def test_a_head_does_not_depend_on_the_other_settings(point: Hyperparameters) ->
 
 @pytest.mark.parametrize("option", [{"memory_budget": 3 * 4 * 200 * 4 * 2}, {"memory_budget": 100}])
 def test_a_memory_budget_does_not_change_the_heads(option: dict) -> None:
-    whole, within = fitted(everything()), fitted(everything(), **option)
-    for key, head in whole.items():
+    unbounded, within = fitted(everything()), fitted(everything(), **option)
+    for key, head in unbounded.items():
         np.testing.assert_array_equal(within[key].kept, head.kept)
         np.testing.assert_allclose(within[key].weight, head.weight, atol=1e-4, rtol=0)
 
 
 def test_groups_of_final_heads_do_not_change_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = search_space("head2toe", **{**GRID, "target_sizes": [512]})
-    whole = fitted(points)
-    monkeypatch.setitem(methods.GROUP_BYTES, "cpu", 1)
+    points = search_space("head2toe", ONE_SIZE)
+    together = fitted(points)
+    monkeypatch.setitem(head2toe.GROUP_BYTES, "cpu", 1)
     for key, head in fitted(points).items():
-        np.testing.assert_allclose(whole[key].weight, head.weight, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(together[key].weight, head.weight, atol=1e-5, rtol=0)
 
 
 def test_rows_choose_and_order_the_training_examples() -> None:
-    features, labels = made()
+    features, labels = example()
     rows = np.random.default_rng(2).permutation(150)[:130]
     points = [
         Hyperparameters("all_l2", 512, 0.1, 20, 1e-3),
         Hyperparameters("head2toe", 512, 0.1, 20, 1e-3, 0.1),
     ]
-    options = {"layout": LAYOUT, "settings": points, "n_classes": 4, "embedding": "pre_logits"}
+    options = {"layout": LAYOUT, "hyperparameters": points, "n_classes": 4, "embedding": "pre_logits"}
     chosen = list(fit(features, labels, rows=rows, **options))  # type: ignore[arg-type]
     copied = list(fit(features[rows], labels[rows], **options))  # type: ignore[arg-type]
     for ours, theirs in zip(chosen, copied, strict=True):
         np.testing.assert_array_equal(ours.weight, theirs.weight)
 
 
-def test_head2toe_keeps_what_the_shared_scoring_phase_ranks_highest() -> None:
-    scoring, final = (
-        Hyperparameters("all_l21", 512, 0.01, 30, 1e-3),
-        Hyperparameters("head2toe", 512, 0.01, 30, 1e-3, 0.1),
-    )
+@pytest.mark.parametrize("method", [name for name in FROZEN if METHODS[name].regularizer == "l21"])
+def test_features_are_kept_by_the_shared_scoring_phase(method: str) -> None:
+    scoring = Hyperparameters("all_l21", 512, 0.01, 30, 1e-3)
+    final = Hyperparameters(method, 512, 0.01, 30, 1e-3, 0.1)
     heads = fitted([scoring, final])
-    expected = keep_top(relevance_scores(heads[scoring, 0].weight), 0.1)
+    rule = METHODS[method].selection
+    expected = RULES[rule](heads[scoring, 0].weight, LAYOUT, 0.1, 0) if rule else np.arange(200)
     np.testing.assert_array_equal(heads[final, 0].kept, expected)
+
+
+def test_the_group_penalty_leaves_the_tap_with_the_signal() -> None:
+    """A penalty on all weights together would leave the largest norm in the widest tap here."""
+    generator = np.random.default_rng(1)
+    labels = generator.integers(0, 4, 150)
+    signal = generator.normal(size=(4, 200)) * np.repeat([0.2, 0.3, 1.0], LAYOUT.widths)
+    noise = generator.normal(size=(150, 200))
+    features = (noise + signal[labels]).astype(np.float32)
+    point = Hyperparameters("head2toe_layergroup", 512, 0.01, 30, 0.1, 0.2)
+    (head,) = fit(features, labels, LAYOUT, [point], n_classes=4, embedding="pre_logits")
+    np.testing.assert_array_equal(head.kept, np.arange(160, 200))
+
+
+def test_random_features_need_no_scoring_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(head2toe, "train_stacks")
+    points = search_space("random_features", ONE_SIZE)
+    heads = fitted(points, seeds=(0, 1))
+    assert len(heads) == 2 * len(points)
+    first, second = (heads[points[0], seed].kept for seed in (0, 1))
+    assert not np.array_equal(first, second)
 
 
 @pytest.mark.parametrize(
@@ -173,19 +232,43 @@ def test_head2toe_keeps_what_the_shared_scoring_phase_ranks_highest() -> None:
         ([Hyperparameters("lineal", 512, 0.1, 5)], "unknown method 'lineal'"),
     ],
 )
-def test_settings_that_cannot_be_fitted_are_refused(points: list[Hyperparameters], message: str) -> None:
+def test_points_that_cannot_be_fitted_are_refused(points: list[Hyperparameters], message: str) -> None:
     with pytest.raises(UserError, match=message):
         fitted(points)
 
 
 def test_an_unknown_embedding_is_refused() -> None:
-    features, labels = made()
+    features, labels = example()
     point = replace(everything()[0], steps=2)
     with pytest.raises(UserError, match="unknown tap 'late'"):
         fit(features, labels, LAYOUT, [point], n_classes=4, embedding="late")
 
 
-def test_titles_are_those_of_the_paper() -> None:
-    assert [METHODS[name].title for name in ("linear", "all_l21", "head2toe_ft")] == [
-        "Linear", "+All-l2,1", "Head2Toe-FT",
-    ]  # fmt: skip
+WIDER = FeatureLayout(LAYOUT.taps, tuple(2 * width for width in LAYOUT.widths))
+
+
+def random_head(kept: list[int], seed: int, layout: FeatureLayout, target_size: int) -> Head:
+    generator = np.random.default_rng(seed)
+    weight = generator.standard_normal((len(kept), 3), np.float32)
+    bias = generator.standard_normal(3).astype(np.float32)
+    point = Hyperparameters("head2toe", target_size, 0.1, 5)
+    return Head(point, seed, np.array(kept, np.int64), layout, weight, bias, 0.0)
+
+
+def test_a_bank_predicts_what_its_heads_predict_alone() -> None:
+    heads = [
+        random_head(list(range(200)), 0, LAYOUT, 8),
+        random_head([1, 2, 65, 190], 1, LAYOUT, 8),
+        random_head(list(range(200)), 2, LAYOUT, 8),
+        random_head([0, 399], 3, WIDER, 16),
+        random_head([1, 2, 65, 190], 4, LAYOUT, 8),
+    ]
+    generator = np.random.default_rng(9)
+    features = {size: generator.standard_normal((6, n), np.float32) for size, n in ((8, 200), (16, 400))}
+    features[8][0] = 0
+    bank = HeadBank(heads)
+    predicted = bank.predict({size: torch.from_numpy(values) for size, values in features.items()})
+    expected = [logits(head, features[head.hyperparameters.target_size]).argmax(1) for head in heads]
+    assert len(bank.groups) == 3
+    assert bank.target_sizes == [8, 16]
+    np.testing.assert_array_equal(predicted, np.stack(expected, 1))

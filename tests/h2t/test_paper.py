@@ -4,6 +4,7 @@ from itertools import pairwise
 import pytest
 
 from h2t import metrics, paper
+from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
 from h2t.tasks import VTAB_1K
 
@@ -15,12 +16,12 @@ def test_titles_and_groups_are_those_of_the_tasks():
 
 
 @pytest.mark.parametrize("backbone", paper.BACKBONES)
-@pytest.mark.parametrize("method", METHODS)
-def test_means_of_table_1_are_the_printed_ones(backbone, method):
-    row = paper.accuracies(backbone, method)
-    assert len(row) == 19
-    printed = paper.published()["table1"][backbone][method]["mean"]
-    assert sum(row.values()) / 19 == pytest.approx(printed, abs=0.05 + 1e-9)
+def test_means_of_table_1_are_the_printed_ones(backbone):
+    for method, published in paper.published()["table1"][backbone].items():
+        row = paper.accuracies(backbone, method)
+        assert method in METHODS
+        assert list(row) == list(paper.task_titles())
+        assert sum(row.values()) / 19 == pytest.approx(published["mean"], abs=0.05 + 1e-9)
 
 
 def test_table_4_lacks_what_the_paper_took_from_others():
@@ -36,7 +37,7 @@ def test_what_is_not_published_is_empty():
 
 def test_hyperparameters_of_table_2():
     chosen = paper.hyperparameters("resnet50")
-    assert chosen["dSpr-Ori"] == (512, 0.2, 0.01, 500, 1e-5)
+    assert chosen["dSpr-Ori"] == Hyperparameters("head2toe", 512, 0.01, 500, 1e-5, 0.2)
     assert paper.hyperparameters("vitb16")["KITTI-Dist"].target_size == 32448
     assert list(chosen) == list(paper.task_titles())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +21,7 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 from pipelines.cluster import Cluster, connect
 from pipelines.config import Config
 from pipelines.recipe import parse_config
+from pipelines.report import report
 from pipelines.run import STAGES, run_stages
 from pipelines.run_directory import RunDirectory
 
@@ -35,6 +37,18 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def console() -> Console:
     return Console(file=io.StringIO(), width=120)
+
+
+def run_all(config: Config, run: RunDirectory, console: Console | None = None) -> None:
+    """All stages and the report, as ``h2t run`` has them."""
+    console = console or Console(quiet=True)
+    run_stages(config, run.uri, list(STAGES), console)
+    report([run], RunDirectory(f"{run.uri}/report"), console)
+
+
+def frame(run: RunDirectory, kind: str) -> pd.DataFrame:
+    """All rows of one kind of table, as any reader of Parquet gets them."""
+    return pd.read_parquet(f"{run.uri}/{kind}")
 
 
 def output(console: Console) -> str:
@@ -88,7 +102,7 @@ def small_config(root: Path, tasks: tuple[str, ...] = ("first", "second"), **set
         "cross_validation": {"n_folds": 2},
         "seeds": [0, 1],
         # One worker of each kind: starting a process takes longer than all the work of such a run.
-        "resources": {"shard_size": 8, "batch_size": 4, "actors": 1, "concurrent_trials": 1},
+        "resources": {"shard_size": 8, "images_per_forward": 4, "actors": 1, "concurrent_trials": 1},
     }
     for key, value in settings.items():
         data[key] = {**data[key], **value} if isinstance(data.get(key), dict) else value  # type: ignore[dict-item]
@@ -125,5 +139,5 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(images: Path, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """An undisturbed run of the small recipe; a test that changes its files leaves them as they were."""
     run = RunDirectory(str(tmp_path_factory.mktemp("run")))
-    run_stages(small_config(images), run.uri, list(STAGES), Console(quiet=True))
+    run_all(small_config(images), run)
     return run

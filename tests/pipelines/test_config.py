@@ -1,18 +1,30 @@
+import copy
+import json
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from h2t.errors import UserError
-from pipelines.config import fingerprint
-from pipelines.recipe import parse_config
+from h2t.methods import METHODS
+from pipelines.config import Config, fingerprint
+from pipelines.recipe import EXPECTED, _explain, _parts, parse_config
 
 RECIPE = {"name": "small", "backbone": {"name": "efficientnet_lite0"}, "tasks": ["mnist"]}
 
 
 def with_setting(key: str, value: object) -> dict:
-    data: dict = {**RECIPE, "backbone": dict(RECIPE["backbone"])}
+    data: dict = copy.deepcopy(RECIPE)
     *parents, last = key.split(".")
     section = data
     for parent in parents:
         section = section.setdefault(parent, {})
+        if isinstance(section, list):  # the tasks: one of a user's own
+            section[:] = [{"name": "leaves"}]
+            section = section[0]
     section[last] = value
     return data
 
@@ -40,12 +52,23 @@ def with_setting(key: str, value: object) -> dict:
         ("grid", 5, "grid: expected a mapping of settings, got 5"),
         ("name", "../x", "name: the name becomes a folder"),
         ("name", "", "name: the name becomes a folder"),
-        ("backbone.dtype", "float8", "backbone.dtype: unknown value 'float8': did you mean float32"),
+        ("backbone.precision", "float8", "precision: unknown value 'float8': did you mean float32"),
         (
-            "images",
-            {"format": "foldr", "root": "x"},
-            "images.format: unknown value 'foldr': did you mean folder",
+            "backbone.dtype",
+            "float32",
+            "backbone.dtype: unknown key 'dtype': did you mean backbone.precision?",
         ),
+        ("head_dtype", "tf32", "head_dtype: unknown key 'head_dtype': did you mean head_precision?"),
+        ("resources.batch_size", 5, "unknown key 'batch_size': did you mean resources.images_per_forward?"),
+        ("resources.settings_per_trial", 5, "did you mean resources.points_per_trial?"),
+        ("images", {"format": "foldr", "root": "x"}, "unknown image format 'foldr': did you mean folder"),
+        (
+            "tasks",
+            [{"name": "x", "group": "natrual"}],
+            "tasks.0.group: unknown value 'natrual': did you mean",
+        ),
+        ("name", "\ud800", "expected plain values in Unicode"),
+        ("methods", ["head2toe_ft"], "head2toe_ft builds on head2toe, which is not listed"),
         ("images", {"format": "folder"}, "need a root"),
         ("images", {"root": "x"}, "images: with a root ('x') expected the format vtab1k"),
         ("images", {"format": "vtab1k", "root": "data"}, "expected archive, or their place"),
@@ -86,12 +109,78 @@ def test_a_missing_setting_is_named() -> None:
         parse_config({"name": "x", "tasks": ["mnist"]}, "recipe.yaml")
 
 
+def settings(section: type[BaseModel], *above: str) -> list[str]:
+    """Every key of a recipe."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(".".join([*above, name]))
+        for part in _parts(field.annotation):
+            keys += settings(part, *above, name) if hasattr(part, "model_fields") else []
+    return keys
+
+
+WRONG: list[Any] = [
+    None, True, -1, 0, 5.5, 2**31, 10**30, float("inf"), "", "\ud800", [], {}, [None], [True], [-1.5], [{}],
+]  # fmt: skip
+
+
+def test_every_kind_of_mistake_has_words_of_ours() -> None:
+    problems = []
+    for key, value in product(settings(Config), WRONG):
+        try:
+            Config.model_validate_json(json.dumps(with_setting(key, value)))
+        except ValidationError as error:
+            problems += error.errors()
+    for problem in problems:
+        explained = _explain(problem)
+        assert explained.startswith(".".join(map(str, problem["loc"])))
+        assert problem["msg"] not in explained or problem["type"] == "value_error"
+    kinds = {problem["type"] for problem in problems}
+    assert kinds == {*EXPECTED, "missing", "literal_error", "value_error"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_needs_those_that_it_builds_on(name: str) -> None:
+    assert parse_config({**RECIPE, "methods": [*METHODS]}, "recipe").methods == [*METHODS]
+    for needed in filter(None, (METHODS[name].builds_on, *METHODS[name].best_of)):
+        others = [other for other in METHODS if other != needed]
+        with pytest.raises(UserError, match=f"builds on {needed}, which is not listed"):
+            parse_config({**RECIPE, "methods": others}, "recipe")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"backbone": {"name": "resnet50", "weights": "random"}}, "finetune.* start from pretrained weights"),
+        ({"finetune": {"gradient_checkpointing": True}}, "head2toe_ft.* reads features inside the parts"),
+        (
+            {"finetune": {"folds": 0, "steps": [5], "learning_rate": [1.0]}},
+            "_plus needs cross-validation",
+        ),
+    ],
+)
+def test_settings_that_some_fine_tuned_methods_refuse(keys: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_config({**RECIPE, **keys, "methods": [*METHODS]}, "recipe")
+    assert parse_config({**RECIPE, **keys, "methods": ["linear", "head2toe", "scratch"]}, "recipe")
+
+
+@dataclass
+class Part:
+    value: object
+
+
 def test_fingerprints_change_with_every_part() -> None:
     config = parse_config(RECIPE, "recipe")
     other = parse_config(with_setting("backbone.image_size", 64), "recipe")
     assert fingerprint(config) == fingerprint(parse_config(RECIPE, "elsewhere"))
     assert fingerprint(config) != fingerprint(other)
     assert fingerprint("a", 1) != fingerprint("a", 2)
+    assert fingerprint(Part(config)) != fingerprint(Part(other)) != fingerprint(Part(Part(other)))
+    assert fingerprint((1, 2), np.int64(3)) == fingerprint([1, 2], 3)
+    for value in ({1}, np.zeros(2), object(), Part):
+        with pytest.raises(TypeError, match="expected plain values"):
+            fingerprint(value)
 
 
 def test_a_task_of_ones_own_needs_only_images() -> None:

@@ -6,17 +6,16 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
-from rich.console import Console
 
 from pipelines.config import Config
-from pipelines.run import STAGES, run_stages
 from pipelines.run_directory import RunDirectory
-from tests.pipelines.conftest import kill_workers, small_config
+from tests.pipelines.conftest import kill_workers, run_all, small_config
 from tests.pipelines.test_pipeline import digests, result_rows
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -31,32 +30,41 @@ def start(config: Config, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
-def wait_for(run: RunDirectory, stage: str, process: subprocess.Popen[bytes]) -> None:
-    while not [
-        name for name in run.names(stage, recursive=True) if name.endswith(("parquet", "safetensors"))
-    ]:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
+# A file of each, in the order in which a run makes them: a run is killed as soon as it is there.
+MOMENTS = (
+    "features/**/*.parquet", "trials/**/frozen/*.parquet", "heads/**/frozen/*.safetensors",
+    "predictions/**/frozen/*.parquet", "trials/**/finetuned/*.parquet", "heads/**/finetuned/*.safetensors",
+    "predictions/**/finetuned/*.parquet", "report/*.md",
+)  # fmt: skip
 
 
-@pytest.mark.timeout(300)
-def test_killed_in_every_stage_and_run_again(finished: RunDirectory, images: Path, tmp_path: Path) -> None:
-    config, killed = small_config(images), RunDirectory(str(tmp_path / "run"))
-    for stage in ("features", "trials"):
+@pytest.mark.timeout(400)
+def test_killed_in_every_stage_and_run_again(images: Path, tmp_path: Path) -> None:
+    finetune = {"learning_rate": [0.1], "steps": [2], "batch_size": 8, "folds": 0}
+    methods = ["linear", "head2toe", "scratch"]
+    config = small_config(images, ("first",), methods=methods, finetune=finetune)
+    folder, undisturbed = tmp_path / "run", RunDirectory(str(tmp_path / "undisturbed"))
+    killed, n_killed = RunDirectory(str(folder)), 0
+    for moment in MOMENTS:
+        if list(folder.glob(moment)):
+            continue  # of steps that follow each other within a moment
         process = start(config, tmp_path)
-        wait_for(killed, stage, process)
-        os.killpg(process.pid, signal.SIGKILL)
+        while not list(folder.glob(moment)) and process.poll() is None:
+            time.sleep(0.01)
+        n_killed += process.poll() is None
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    (tmp_path / "run" / "trials" / ".tmp-left-behind").write_bytes(b"half a file")
-    before = {
-        name: Path(killed.uri, name).stat().st_mtime_ns for name in killed.names("features", recursive=True)
-    }
-    run_stages(config, killed.uri, list(STAGES), Console(quiet=True))
-    after = {name: Path(killed.uri, name).stat().st_mtime_ns for name in before}
-    assert {name for name in before if before[name] != after[name] and name.endswith("parquet")} == set()
-    (tmp_path / "run" / "trials" / ".tmp-left-behind").unlink()
-    assert digests(killed) == digests(finished)
-    pd.testing.assert_frame_equal(result_rows(killed), result_rows(finished))
+    assert n_killed >= 4
+    leftover = folder / "trials" / "test_efficientnet" / "first" / "frozen" / ".tmp-left-behind"
+    leftover.write_bytes(b"half a file")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "features").rglob("*.parquet")}
+    run_all(config, killed)
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "features").rglob("*.parquet")}
+    assert not leftover.exists()
+    run_all(config, undisturbed)
+    assert digests(killed) == digests(undisturbed)
+    pd.testing.assert_frame_equal(result_rows(killed), result_rows(undisturbed))
 
 
 def test_killed_workers_are_replaced(finished: RunDirectory, images: Path, tmp_path: Path) -> None:
@@ -64,13 +72,13 @@ def test_killed_workers_are_replaced(finished: RunDirectory, images: Path, tmp_p
     run = RunDirectory(str(tmp_path))
 
     def kill() -> None:
-        for title in (b"ShardActor", b"ray::ImplicitFunc", b"ray::_train_heads"):
+        for title in (b"ShardActor", b"ray::ImplicitFunc", b"ray::train_together"):
             while not kill_workers(title):
                 time.sleep(0.02)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    run_stages(small_config(images), run.uri, list(STAGES), Console(quiet=True))
+    run_all(small_config(images), run)
     killer.join(timeout=0)
     assert not killer.is_alive(), "the run ended before a worker of each kind could be killed"
     assert digests(run) == digests(finished)

@@ -2,7 +2,9 @@
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,21 +13,20 @@ import pytest
 from rich.console import Console
 
 from h2t.errors import UserError
+from pipelines.artifacts import features
 from pipelines.cluster import Cluster, backbone_actors, trial_resources
 from pipelines.config import Config
+from pipelines.products import shards
+from pipelines.report import report
 from pipelines.run import STAGES, run_stages
 from pipelines.run_directory import RunDirectory
+from pipelines.session import Session
 from pipelines.shard_stream import process_shards
-from pipelines.task_data import open_tasks
-from tests.pipelines.conftest import output, small_config
+from pipelines.task_data import open_task
+from tests.pipelines.conftest import frame, output, run_all, small_config
 
 pytestmark = pytest.mark.usefixtures("cluster")
 MEASURED = ["train_seconds", "peak_memory_bytes"]
-
-
-def frame(run: RunDirectory, stage: str) -> pd.DataFrame:
-    data = pyarrow.dataset.dataset(f"{run.uri}/{stage}", format="parquet", exclude_invalid_files=True)
-    return data.to_table().to_pandas()
 
 
 def result_rows(run: RunDirectory) -> pd.DataFrame:
@@ -40,7 +41,7 @@ def digests(run: RunDirectory) -> dict[str, str]:
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
-        if not {"trials", "results", "heads"} & set(path.relative_to(root).parts)
+        if not {"trials", "results", "heads", "tune"} & set(path.relative_to(root).parts)
     }
 
 
@@ -53,54 +54,56 @@ def test_every_stage_leaves_its_rows(finished: RunDirectory, images: Path) -> No
     trials = frame(finished, "trials")
     points = {"linear": 2, "all_l2": 4, "all_l1": 4, "all_l21": 4, "head2toe": 8}
     assert trials.groupby("method").size().to_dict() == {m: 2 * 2 * n for m, n in points.items()}
-    assert frame(finished, "selected").groupby(["task", "method"]).size().eq(1).all()
+    assert frame(finished, "chosen").groupby(["task", "method"]).size().eq(1).all()
     kept = frame(finished, "kept").groupby(["task", "method", "seed"])["n_kept"].sum()
     assert (kept == results.set_index(["task", "method", "seed"])["n_kept"]).all()
     assert finished.exists("report/index.html")
 
 
 def test_features_are_plain_lists_of_the_right_rows(finished: RunDirectory, images: Path) -> None:
-    work = open_tasks(small_config(images))[0]
-    table = finished.read_table(work.feature_files("train", 16))
+    names = features(open_task(small_config(images), "first"), "train", 16).names(finished)
+    table = finished.read_table(names)
     assert table["index"].to_pylist() == list(range(20))
     assert table["label"].to_pylist() == [0, 1] * 10
     assert table.schema.field("pre_logits").type.value_type == "float"
-    assert len(work.feature_files("train", 16)) == 3
+    assert [name.rpartition("/")[2][:18] for name in names] == [
+        "rows-000000-000008", "rows-000008-000016", "rows-000016-000020",
+    ]  # fmt: skip
 
 
 def test_running_again_does_nothing_and_says_so(
     finished: RunDirectory, images: Path, console: Console
 ) -> None:
     before = digests(finished)
-    run_stages(small_config(images), finished.uri, list(STAGES), console)
+    run_all(small_config(images), finished, console)
     assert digests(finished) == before
     assert output(console).count("nothing to do") == 4
 
 
 @pytest.mark.parametrize(
-    "stage", ["features", "trials", "selected", "heads", "predictions", "results", "kept"]
+    "kind", ["features", "trials", "chosen", "heads", "predictions", "results", "kept", "manifests"]
 )
 def test_a_deleted_file_is_made_again_and_nothing_else(
-    finished: RunDirectory, images: Path, stage: str
+    finished: RunDirectory, images: Path, kind: str
 ) -> None:
     before, rows = digests(finished), result_rows(finished)
     victim = next(
-        name for name in finished.names(stage, recursive=True) if name.endswith(("parquet", "tensors"))
+        name for name in finished.names(kind, recursive=True) if name.endswith(("parquet", "tensors", "json"))
     )
     times = {path: path.stat().st_mtime_ns for path in Path(finished.uri).rglob("*.parquet")}
     (Path(finished.uri) / victim).unlink()
-    run_stages(small_config(images), finished.uri, list(STAGES), Console(quiet=True))
+    run_all(small_config(images), finished)
     assert digests(finished) == before
     pd.testing.assert_frame_equal(result_rows(finished), rows)
     rewritten = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
     parts = {path.relative_to(finished.uri).parts[0] for path in rewritten}
-    assert parts - {"report"} <= {stage}
+    assert parts - {"report"} <= {kind}
 
 
 def test_results_do_not_depend_on_workers_or_on_how_trials_are_packed(
     finished: RunDirectory, images: Path, tmp_path: Path
 ) -> None:
-    two = {"actors": 2, "concurrent_trials": 2, "settings_per_trial": 5}
+    two = {"actors": 2, "concurrent_trials": 2, "points_per_trial": 5}
     run = RunDirectory(str(tmp_path))
     run_stages(small_config(images, resources=two), run.uri, list(STAGES)[:3], Console(quiet=True))
     pd.testing.assert_frame_equal(
@@ -153,7 +156,7 @@ def test_bad_images_are_skipped_counted_and_listed_where_asked(images: Path, tmp
     root = broken(images, tmp_path)
     config = small_config(root, ("first",), on_bad_image="skip")
     run = RunDirectory(str(tmp_path / "run"))
-    run_stages(config, run.uri, list(STAGES), Console(quiet=True))
+    run_all(config, run)
     assert set(result_rows(run)["n_test"]) == {11}
     bad = frame(run, "bad_rows")
     assert sorted(zip(bad["split"], bad["index"], strict=True)) == [("test", 3), ("train", 3)]
@@ -171,25 +174,32 @@ class CannotWork:
         raise UserError("no room on this node")
 
 
+def process(session: Session, step: Callable[[], Any]) -> None:
+    """Take the training images of the first task through a step."""
+    product = features(session.tasks["first"], "train", 16)
+    missing = shards(product.missing(session.run, []), 8)
+    process_shards(session, missing, step, lambda count, note: None)
+
+
 @pytest.mark.parametrize(("step", "message"), [(CannotStart, "no weights on"), (CannotWork, "no room on")])
 def test_a_mistake_that_only_a_worker_sees_is_one_message(
-    images: Path, tmp_path: Path, cluster: Cluster, console: Console, step: type, message: str
+    images: Path, tmp_path: Path, console: Console, step: type, message: str
 ) -> None:
-    config = small_config(images, ("first",))
-    works, run = open_tasks(config), RunDirectory(str(tmp_path))
+    session = Session(small_config(images, ("first",)), RunDirectory(str(tmp_path)), console)
     with pytest.raises(UserError, match=f"^{message} this node$"):
-        process_shards("test", works[0].shards("train"), works, run, step, {}, config, cluster, console)
+        process(session, step)
 
 
 def test_images_that_a_worker_cannot_find_are_one_message(
-    images: Path, tmp_path: Path, cluster: Cluster, console: Console
+    images: Path, tmp_path: Path, console: Console
 ) -> None:
     shutil.copytree(images, tmp_path / "images")
     config = small_config(tmp_path / "images", ("first",))
-    works, run = open_tasks(config), RunDirectory(str(tmp_path / "run"))
+    session = Session(config, RunDirectory(str(tmp_path / "run")), console)
+    _ = features(session.tasks["first"], "train", 16)
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(UserError, match="every node must see the same files"):
-        process_shards("test", works[0].shards("train"), works, run, dict, {}, config, cluster, console)
+        process(session, dict)
 
 
 def test_resources_that_can_never_work_are_refused_at_once(images: Path, cluster: Cluster) -> None:
@@ -212,6 +222,9 @@ def test_fewer_images_than_folds_are_refused_before_anything_runs(images: Path, 
 
 def test_stages_out_of_order_say_what_to_run_first(images: Path, tmp_path: Path) -> None:
     config: Config = small_config(images)
-    for stage, first in (("sweep", "extract"), ("evaluate", "sweep"), ("report", "evaluate")):
+    for stage, first in (("sweep", "extract"), ("evaluate", "sweep")):
         with pytest.raises(UserError, match=f"run the {first} stage first"):
             run_stages(config, str(tmp_path / stage), [stage], Console(quiet=True))
+    run = RunDirectory(str(tmp_path))
+    with pytest.raises(UserError, match="run the evaluate stage first"):
+        report([run], run, Console(quiet=True))

@@ -2,8 +2,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
-import pandas as pd
-import pyarrow.dataset
+import pyarrow as pa
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -37,26 +36,20 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> RunDirectory:
 
 
 def test_files_come_back_as_written(run: RunDirectory) -> None:
-    frame = pd.DataFrame({"a": [1, 2], "b": ["x", "y"]})
+    table = pa.table({"a": [1, 2], "b": ["x", "y"]})
     run.write("deep/er/bytes.bin", b"abc")
     run.write_json("value.json", {"k": [1, 2]})
-    run.write_frame("t/one.parquet", frame)
-    run.write_frame("t/two.parquet", frame)
+    run.write_table("t/one.parquet", table)
+    run.write_table("t/two.parquet", table)
     assert run.read("deep/er/bytes.bin") == b"abc"
+    assert run.read("deep/er/bytes.bin", 2) == b"ab"
+    assert run.size("deep/er/bytes.bin") == 3
     assert run.read_json("value.json") == {"k": [1, 2]}
     assert len(run.read_frame(run.names("t"))) == 4
     assert run.names("t") == ["t/one.parquet", "t/two.parquet"]
     assert run.exists("value.json")
     assert not run.exists("t")
     assert run.names("nothing") == []
-
-
-def test_frames_under_folders_named_after_their_columns_are_one_data_set(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path))
-    for task in ("first", "second"):
-        run.write_frame(f"results/task={task}/a.parquet", pd.DataFrame({"task": [task], "accuracy": [0.5]}))
-    rows = pyarrow.dataset.dataset(str(tmp_path / "results"), partitioning="hive").to_table().to_pandas()
-    assert sorted(rows["task"]) == ["first", "second"]
 
 
 def test_asking_whether_it_can_be_written_leaves_nothing_behind(run: RunDirectory, tmp_path: Path) -> None:
@@ -93,22 +86,31 @@ def test_a_file_whose_writing_fails_never_appears(run: RunDirectory) -> None:
     assert run.read("folder/old") == b"old"
 
 
-def test_reconcile_sets_aside_what_is_not_expected_and_brings_it_back(run: RunDirectory) -> None:
+def test_files_are_archived_and_restored(run: RunDirectory) -> None:
     run.write("trials/a-1", b"1")
-    run.write("trials/_manifest.json", b"{}")
-    assert run.reconcile("trials", ["trials/a-2", "trials/b-2"]) == (["trials/a-2", "trials/b-2"], 1)
-    assert run.names("trials") == ["trials/_manifest.json"]
-    run.write("trials/a-2", b"2")
-    assert run.reconcile("trials", ["trials/a-1"]) == ([], 1)
+    run.write("trials/b-2", b"2")
+    assert run.archive_all("trials", lambda name: name.endswith("1"), "superseded") == ["trials/a-1"]
+    assert run.names("trials") == ["trials/b-2"]
+    assert run.restore_all("trials", lambda name, location: False, "superseded") == []
+    seen = run.restore_all("trials", lambda name, location: location == f"superseded/{name}", "superseded")
+    assert seen == ["trials/a-1"]
     assert run.read("trials/a-1") == b"1"
-    assert run.read("superseded/trials/a-2") == b"2"
+    assert run.names("superseded/trials") == []
 
 
-def test_reconcile_deletes_the_temporary_files_of_a_killed_writer(tmp_path: Path) -> None:
+def test_a_file_that_was_made_anew_is_not_replaced_by_an_archived_one(run: RunDirectory) -> None:
+    run.write("trials/a", b"old")
+    run.archive_all("trials", lambda name: True, "superseded")
+    run.write("trials/a", b"new")
+    assert run.restore_all("trials", lambda name, location: True, "superseded") == []
+    assert run.read("trials/a") == b"new"
+
+
+def test_the_temporary_files_of_a_killed_writer_are_deleted(tmp_path: Path) -> None:
     run = RunDirectory(str(tmp_path))
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / ".tmp-1234-part").write_bytes(b"half")
-    assert run.reconcile("t", ["t/part"]) == (["t/part"], 0)
+    assert run.archive_all("t", lambda name: True, "superseded") == []
     assert list((tmp_path / "t").iterdir()) == []
 
 

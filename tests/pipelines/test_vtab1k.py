@@ -11,9 +11,8 @@ from rich.console import Console
 from h2t.tasks import VTAB_1K, Task
 from pipelines.cluster import Cluster
 from pipelines.recipe import load_config
-from pipelines.run import STAGES, run_stages
 from pipelines.run_directory import RunDirectory
-from tests.pipelines.conftest import output
+from tests.pipelines.conftest import output, run_all
 
 pytestmark = pytest.mark.usefixtures("cluster")
 RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "vtab1k-resnet50.yaml"
@@ -61,7 +60,7 @@ def test_the_recipe_ends_in_the_table_of_19_tasks(
 ) -> None:
     config = load_config(RECIPE, [*SMALL, f"images.root={archive}"])
     run = RunDirectory(str(tmp_path))
-    run_stages(config, run.uri, list(STAGES), console)
+    run_all(config, run, console)
     results = run.read_frame(run.names("results", recursive=True))
     assert set(results["task"]) == {task.name for task in VTAB_1K}
     assert set(results["fold_scheme"]) == {"archive"}

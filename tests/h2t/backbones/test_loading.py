@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from skimage import data
 
-from h2t.backbones.loading import Backbone, load_backbone, preset_names
+from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap_reader import describe
 from h2t.errors import UserError
 
@@ -218,8 +218,8 @@ def test_unknown_names_bring_the_nearest() -> None:
         load_backbone("resnet18.a1_in2k")
     with pytest.raises(UserError, match="unknown taps of test_vit 'pre_activation'"):
         load_backbone("test_vit", weights="random", taps="pre_activation")
-    with pytest.raises(UserError, match="unknown dtype 'float23': did you mean float32"):
-        load_backbone(TINY, weights="random", dtype="float23")
+    with pytest.raises(UserError, match="unknown precision 'float23': did you mean float32"):
+        load_backbone(TINY, weights="random", precision="float23")
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_maxvit"])
@@ -232,7 +232,3 @@ def test_an_image_size_that_does_not_fit_is_refused(name: str) -> None:
 def test_an_image_has_pixels(image_size: int) -> None:
     with pytest.raises(UserError, match=f"image_size: expected 1 pixel or more, got {image_size}"):
         load_backbone(TINY, weights="random", image_size=image_size)
-
-
-def test_presets_are_listed() -> None:
-    assert preset_names() == ["efficientnet_lite0", "resnet50", "vitb16"]

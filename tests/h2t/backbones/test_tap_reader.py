@@ -286,8 +286,8 @@ def test_no_activation_outlives_its_hook() -> None:
 
 def test_bfloat16_features_are_float32_and_close() -> None:
     exact, rough = (
-        load_backbone("test_efficientnet", weights="random", image_size=64, dtype=dtype)
-        for dtype in ("float32", "bfloat16")
+        load_backbone("test_efficientnet", weights="random", image_size=64, precision=precision)
+        for precision in ("float32", "bfloat16")
     )
     images = some_images(exact)
     with TapReader(exact, [256]) as reader, TapReader(rough, [256]) as rough_reader:

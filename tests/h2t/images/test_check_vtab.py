@@ -52,7 +52,7 @@ def test_each_task_is_ready_incomplete_or_missing(archive, tmp_path):
         "3 + 2",
         "",
     )
-    how = "; add dtd/ from a copy of the VTAB-1k archive, or write Parquet: h2t prepare --from tfds"
+    how = "; add dtd/ from a copy of the VTAB-1k archive, or write Parquet: h2t prepare"
     assert (found["dtd"].status, found["dtd"].advice) == ("incomplete", "test has 1 of 2 images" + how)
     assert found["svhn"].status == "incomplete"
     assert "3 bad rows in train" in found["svhn"].advice

@@ -7,7 +7,7 @@ import pytest
 
 from h2t.errors import UserError
 from h2t.images import demo as bundled
-from h2t.images.formats import class_names, open_source
+from h2t.images.formats import open_source
 from h2t.images.preprocessing import decode
 from h2t.images.source import EncodedImage, SourceUnavailable, check_rows
 from h2t.tasks import DEMO, VTAB_1K, demo_task
@@ -73,7 +73,7 @@ def test_solar_cells_name_their_licence_and_are_png_files():
 
 
 def test_only_folders_name_their_classes():
-    assert class_names(open_source("bundled", demo_task("mnist"), None, {})) == ()
+    assert open_source("bundled", demo_task("mnist"), None, {}).class_names() == ()
 
 
 def test_both_sprite_tasks_show_the_same_images():

@@ -5,7 +5,7 @@ import pytest
 
 from h2t.errors import UserError
 from h2t.images.folder import open_folder
-from h2t.images.formats import class_names, open_source
+from h2t.images.formats import open_source
 from h2t.images.preprocessing import decode
 from h2t.images.source import SourceUnavailable, check_rows
 from h2t.tasks import Task
@@ -43,7 +43,7 @@ def test_train_and_test_folders(tree):
     source = open_source("folder", TASK, str(root), {})
     assert by_label(source, "train") == {0: [0, 1], 1: [2]}
     assert by_label(source, "test") == {1: [3], 2: [4]}
-    assert class_names(source) == class_names(open_folder(TASK, str(root))) == ("crow", "owl", "wren")
+    assert source.class_names() == open_folder(TASK, str(root)).class_names() == ("crow", "owl", "wren")
     assert source.provenance()["rows"] == "train/ and test/"
     assert source.provenance()["order"] == "shuffled, seed 0"
 

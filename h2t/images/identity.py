@@ -1,0 +1,51 @@
+"""What identifies images: their content, wherever they lie and however often they are opened."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from pyarrow.fs import FileInfo, FileSystem, FileType, LocalFileSystem
+
+_AT_ONCE = 8  # hashing gives the interpreter free, and remote look-ups wait
+
+
+def content_identity(
+    filesystem: FileSystem, folder: str, paths: Sequence[str], labels: np.ndarray, *options: Any
+) -> str:
+    """Hexadecimal digits that change with files, their order, labels and ``options`` (plain values).
+
+    ``paths``: within ``filesystem``, named relative to ``folder`` so that a moved folder keeps its identity.
+    A local file counts with the SHA-256 of its bytes; one of an object store, which would have to be fetched,
+    with its size; one that is not there as missing.
+    """
+    infos = filesystem.get_file_info(list(paths))
+    local = isinstance(filesystem, LocalFileSystem)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        contents = list(pool.map(_hash if local else _size, infos))
+    names = [path[len(folder) :] for path in paths]
+    listed = json.dumps([list(zip(names, contents, strict=True)), options])
+    return hashlib.sha256(listed.encode() + labels.tobytes()).hexdigest()
+
+
+def _size(info: FileInfo) -> str:
+    return f"{info.size} bytes" if info.type == FileType.File else "missing"
+
+
+def _hash(info: FileInfo) -> str:
+    if info.type != FileType.File:
+        return "missing"
+    return _hash_of_file(info.path, info.size, info.mtime_ns)
+
+
+# Time and size save hashing again within a process; they are no part of an identity.
+@lru_cache(maxsize=1 << 20)
+def _hash_of_file(path: str, size: int, mtime_ns: int) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # one that may not be read is reported as a bad row
+        return "unreadable"

@@ -1,0 +1,199 @@
+"""Products: what one folder of a run directory is to hold, and which work is missing there.
+
+``artifacts.py`` says which products there are. Files of known names are the simple kind. Tables that are long
+(features, predictions) are cut by rows into files named after them, so that another size of shards goes on
+with what is there. Trials lie in files of any composition, and each row says which trial it is.
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from h2t.errors import UserError
+from h2t.hyperparameters import Hyperparameters
+from pipelines.config import fingerprint
+from pipelines.run_directory import RunDirectory
+from pipelines.task_data import Split
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of known names, each with the unit of work that makes it."""
+
+    folder: str
+    units: Mapping[str, Any]
+
+    def is_current(self, run: RunDirectory, name: str, location: str) -> bool:
+        """Whether it is one of these files."""
+        return name in self.units
+
+    def missing(self, run: RunDirectory, present: Sequence[str]) -> list[Any]:
+        """Units of the files that are not there, each once."""
+        return list(dict.fromkeys(unit for name, unit in self.units.items() if name not in set(present)))
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Consecutive rows that no file of ``files`` holds."""
+
+    files: "RowFiles"
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class RowFiles:
+    """A table of the rows of one split, cut into files anyhow; each is named after the rows that it holds.
+
+    ``tag`` tells tables of the same rows apart.
+    """
+
+    folder: str
+    key: str
+    task: str
+    split: Split
+    n_rows: int
+    tag: int | str
+    stage: str
+
+    def name(self, start: int, stop: int) -> str:
+        """The file of rows ``start`` up to ``stop``."""
+        return f"{self.folder}/rows-{start:06d}-{stop:06d}-{self.key}.parquet"
+
+    def is_current(self, run: RunDirectory, name: str, location: str) -> bool:
+        """Whether a file holds rows of this table."""
+        return self.holds_rows(name)
+
+    def holds_rows(self, name: str) -> bool:
+        """Whether a file of that name holds rows of this table."""
+        parts = name.rpartition("/")[2].removesuffix(".parquet").split("-")
+        if len(parts) != 4 or parts[0] != "rows" or parts[3] != self.key:
+            return False
+        return parts[1].isdecimal() and parts[2].isdecimal() and int(parts[2]) <= self.n_rows
+
+    def rows(self, name: str) -> range:
+        """The rows that a current file holds."""
+        _, start, stop, _ = name.rpartition("/")[2].split("-")
+        return range(int(start), int(stop))
+
+    def _without_overlap(self, names: Iterable[str]) -> list[str]:
+        chosen: list[str] = []
+        for name in sorted(filter(self.holds_rows, names)):
+            if not chosen or self.rows(name).start >= self.rows(chosen[-1]).stop:
+                chosen.append(name)
+        return chosen
+
+    def missing(self, run: RunDirectory, present: Sequence[str]) -> list[Gap]:
+        """The rows that no present file holds."""
+        rows = [self.rows(name) for name in self._without_overlap(present)]
+        stops, starts = [0, *(r.stop for r in rows)], [*(r.start for r in rows), self.n_rows]
+        return [Gap(self, a, b) for a, b in zip(stops, starts, strict=True) if a < b]
+
+    def names(self, run: RunDirectory) -> list[str]:
+        """Files that hold every row once. Raises UserError that names the stage to run where rows lack."""
+        present = run.names(self.folder)
+        if self.missing(run, present):
+            raise UserError(f"{self.folder} lacks rows in {run.uri}: run the {self.stage} stage first")
+        return self._without_overlap(present)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows of a split that are read, computed and written together; ``files``: (tag, name) of each table."""
+
+    task: str
+    split: Split
+    start: int
+    stop: int
+    files: tuple[tuple[Any, str], ...]
+
+    @property
+    def indices(self) -> range:
+        """The rows of the split that the shard holds."""
+        return range(self.start, self.stop)
+
+
+def shards(gaps: Sequence[Gap], size: int) -> list[Shard]:
+    """Cut gaps into shards of at most ``size`` rows; tables that lack the same rows share a shard."""
+    by_split: dict[tuple[str, Split], list[Gap]] = {}
+    for gap in gaps:
+        by_split.setdefault((gap.files.task, gap.files.split), []).append(gap)
+    result = []
+    for (task, split), members in by_split.items():
+        bounds = sorted({row for gap in members for row in (gap.start, gap.stop)})
+        for first, last in pairwise(bounds):
+            tables = [gap.files for gap in members if gap.start <= first and last <= gap.stop]
+            for start in range(first, last if tables else first, size):
+                stop = min(start + size, last)
+                files = tuple((table.tag, table.name(start, stop)) for table in tables)
+                result.append(Shard(task, split, start, stop, files))
+    return result
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of a search space on one fold; ``key`` says what it depends on."""
+
+    task: str
+    fold: int
+    point: Hyperparameters
+    key: str
+
+
+@dataclass(frozen=True)
+class TrialFiles:
+    """Trials in files of any composition; ``context``: the part of their keys that names files."""
+
+    folder: str
+    context: str
+    trials: tuple[Trial, ...]
+
+    def name(self, trials: Sequence[Trial]) -> str:
+        """The file of some trials of one target size and fold."""
+        keys, first = fingerprint([trial.key for trial in trials]), trials[0]
+        stem = f"target-size-{first.point.target_size}-fold-{first.fold}"
+        return f"{self.folder}/{stem}-{self.context}-{keys}.parquet"
+
+    def is_current(self, run: RunDirectory, name: str, location: str) -> bool:
+        """Whether a file holds some of these trials; it may hold others, of a larger grid, beside them."""
+        of_context = name.split("-")[-2:-1] == [self.context]
+        if not of_context or not is_whole(run, location):
+            return of_context
+        keys = set(run.read_frame([location], ["trial"])["trial"])
+        return any(trial.key in keys for trial in self.trials)
+
+    def missing(self, run: RunDirectory, present: Sequence[str]) -> list[Trial]:
+        """Trials of which no present file has the row."""
+        done = set(run.read_frame(present, ["trial"])["trial"]) if present else set()
+        return [trial for trial in self.trials if trial.key not in done]
+
+    def read(self, run: RunDirectory) -> pd.DataFrame:
+        """The rows of all trials in their order. Raises UserError where one is missing."""
+        present = run.names(self.folder)
+        if self.missing(run, present):
+            raise UserError(f"{self.folder} lacks trials in {run.uri}: run the sweep stage first")
+        rows = run.read_frame(present).drop_duplicates("trial").set_index("trial")
+        return rows.loc[[trial.key for trial in self.trials]].reset_index()
+
+
+def is_whole(run: RunDirectory, name: str) -> bool:
+    """Whether a file can be read as what its ending says: cheap, by its header or footer."""
+    try:
+        if name.endswith(".parquet"):
+            with run.open_table(name):
+                return True
+        if name.endswith(".safetensors"):
+            (length,) = struct.unpack("<Q", run.read(name, 8))
+            entries = json.loads(run.read(name, 8 + length)[8:])
+            ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
+            return run.size(name) == 8 + length + max(ends, default=0)
+        json.loads(run.read(name))
+    except (pa.ArrowException, OSError, ValueError, KeyError, struct.error):
+        return False
+    return True

@@ -1,0 +1,187 @@
+"""What the report is made from: the rows of run directories, read from their files alone."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset
+import yaml
+
+from h2t.costs import BackboneCost
+from h2t.errors import UserError
+from h2t.methods import METHODS
+from pipelines.run_directory import TEMPORARY, RunDirectory, open_filesystem
+
+LAYOUT = 2  # of the run directories that are read
+DONE = "done"
+
+
+def _schema(text: str, integers: str = "", numbers: str = "") -> pa.Schema:
+    columns = {pa.string(): text, pa.int64(): integers, pa.float64(): numbers}
+    return pa.schema([(name, kind) for kind, names in columns.items() for name in names.split()])
+
+
+SCHEMAS = {
+    "results": _schema(
+        "backbone task group method status image_source preprocessing fold_scheme weights fingerprint",
+        "seed n_test n_correct n_train n_classes n_features n_kept target_size steps diverged_at "
+        "peak_memory_bytes modelled_storage_bytes",
+        "test_accuracy learning_rate coefficient keep_fraction validation_accuracy train_loss train_seconds "
+        "modelled_flops",
+    ),
+    "trials": _schema(
+        "backbone task group method status fold_scheme trial",
+        "target_size steps fold seed n_validation n_features n_kept diverged_at",
+        "learning_rate coefficient keep_fraction validation_accuracy validation_loss seconds train_loss",
+    ),
+    "chosen": _schema(
+        "backbone task group method source",
+        "target_size steps n_folds n_candidates",
+        "learning_rate coefficient keep_fraction validation_accuracy validation_std validation_loss",
+    ),
+    "kept": _schema("backbone task group method tap", "seed tap_index n_features n_kept"),
+    "bad_rows": _schema("backbone task split path reason", "index"),
+}
+"""Folder of a run directory -> columns of its Parquet files; accuracies are fractions of 1."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Everything that the report knows of one or several runs.
+
+    The data frames have the columns of ``SCHEMAS``; tasks, methods and seeds may be missing from any of them.
+    ``costs``: backbone -> what was measured of it. ``provenance``: plain values, nested as you like.
+    """
+
+    results: pd.DataFrame = field(default_factory=SCHEMAS["results"].empty_table().to_pandas)
+    trials: pd.DataFrame = field(default_factory=SCHEMAS["trials"].empty_table().to_pandas)
+    chosen: pd.DataFrame = field(default_factory=SCHEMAS["chosen"].empty_table().to_pandas)
+    kept: pd.DataFrame = field(default_factory=SCHEMAS["kept"].empty_table().to_pandas)
+    bad_rows: pd.DataFrame = field(default_factory=SCHEMAS["bad_rows"].empty_table().to_pandas)
+    costs: Mapping[str, BackboneCost] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> pd.DataFrame:
+        """The result rows of trainings that ended well."""
+        return self.results[(self.results["status"] == DONE) & self.results["test_accuracy"].notna()]
+
+    @property
+    def backbones(self) -> list[str]:
+        """The backbones of results and kept features by name."""
+        return sorted({*self.results["backbone"], *self.kept["backbone"]})
+
+
+def model_name(backbone: str) -> str:
+    """The backbone without the run that ``read_runs`` may have put behind it."""
+    return backbone.partition(" (")[0]
+
+
+def read_runs(runs: Sequence[RunDirectory]) -> Frames:
+    """The rows of all runs; a backbone that several of them have is called ``backbone (run)`` in each.
+
+    Raises UserError for a directory of another layout, and for files that cannot be read.
+    """
+    runs = list(dict.fromkeys(runs))
+    parts = [read_run(run) for run in runs]
+    if len(parts) == 1:
+        return parts[0]
+    titles = [open_filesystem(run.uri)[1].rstrip("/").rpartition("/")[2] for run in runs]
+    if len(set(titles)) < len(titles):  # sweep-1/run and sweep-2/run
+        titles = [run.uri for run in runs]
+    holders = Counter(backbone for part in parts for backbone in {*part.backbones, *part.costs})
+    parts = [
+        _renamed(part, {name: f"{name} ({title})" for name, count in holders.items() if count > 1})
+        for part, title in zip(parts, titles, strict=True)
+    ]
+    return Frames(
+        **{kind: pd.concat([getattr(part, kind) for part in parts], ignore_index=True) for kind in SCHEMAS},
+        costs={backbone: cost for part in parts for backbone, cost in part.costs.items()},
+        provenance={
+            f"{title}: {name}": value
+            for part, title in zip(parts, titles, strict=True)
+            for name, value in part.provenance.items()
+        },
+    )
+
+
+def read_run(run: RunDirectory) -> Frames:
+    """The rows of one run directory, what was measured of its backbones, and what its files say of it."""
+    if run.exists("config.yaml"):  # layout 1 had no number
+        raise UserError(f"{run.uri} has layout 1, expected {LAYOUT}: it was written by an earlier version")
+    record = yaml.safe_load(run.read("run.yaml")) if run.exists("run.yaml") else {}
+    if record and record.get("layout") != LAYOUT:
+        raise UserError(f"{run.uri} has layout {record.get('layout')}, expected {LAYOUT}")
+    manifests = {
+        (name.split("/")[1], content["task"]): content
+        for name in _whole_files(run, "manifests", ".json")
+        for content in [run.read_json(name)]
+    }
+    return Frames(
+        **{kind: _read_rows(run, kind) for kind in SCHEMAS},
+        costs={backbone: BackboneCost(**content["cost"]) for (backbone, _), content in manifests.items()},
+        provenance=_provenance(record, manifests, len(run.names("history"))),
+    )
+
+
+def _renamed(frames: Frames, titles: Mapping[str, str]) -> Frames:
+    rows = {
+        kind: getattr(frames, kind).assign(backbone=lambda data: data["backbone"].replace(titles))
+        for kind in SCHEMAS
+    }
+    costs = {titles.get(backbone, backbone): cost for backbone, cost in frames.costs.items()}
+    return replace(frames, **rows, costs=costs)
+
+
+def _whole_files(run: RunDirectory, folder: str, ending: str) -> list[str]:
+    names = run.names(folder, recursive=True)
+    return [name for name in names if name.endswith(ending) and f"/{TEMPORARY}" not in name]
+
+
+def _read_rows(run: RunDirectory, kind: str) -> pd.DataFrame:
+    """All rows of a folder; files are read side by side, since an object store is slow to answer."""
+    names = _whole_files(run, kind, ".parquet")
+    filesystem, root = open_filesystem(run.uri)
+    paths = [f"{root.rstrip('/')}/{name}" for name in names]
+    try:
+        rows = pa.dataset.dataset(
+            paths, schema=SCHEMAS[kind], filesystem=filesystem, format="parquet", partitioning=None
+        )
+        frame: pd.DataFrame = rows.to_table().to_pandas()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"can't read {kind} of {run.uri}: {error}; run its recipe again") from None
+    return frame
+
+
+def _provenance(
+    record: Mapping[str, Any], manifests: Mapping[tuple[str, str], Mapping[str, Any]], n_earlier: int
+) -> dict[str, Any]:
+    """What ``run.yaml`` and the manifests say; nothing about the machine or the versions of this moment."""
+    config = record.get("config", {})
+    backbones = {backbone: content.get("backbone", {}) for (backbone, _), content in manifests.items()}
+    one_backbone = len(backbones) == 1
+    extracted = {str(content.get("packages")): content.get("packages") for content in manifests.values()}
+    values = {
+        "recipe": config.get("name") if record else "not known: run.yaml is missing",
+        "earlier configurations": f"{n_earlier}, in history/" if n_earlier else None,
+        "fingerprint": record.get("fingerprint"),
+        "backbone": next(iter(backbones.values())) if one_backbone else backbones,
+        "images": {
+            task if one_backbone else f"{task}, {backbone}": content.get("images")
+            for (backbone, task), content in manifests.items()
+        },
+        "grid": config.get("grid"),
+        "cross-validation": config.get("cross_validation"),
+        "fine-tuning": config.get("finetune") if _trains_backbones(config) else None,
+        "packages": record.get("packages"),
+        "packages of the features": [v for v in extracted.values() if v != record.get("packages")],
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def _trains_backbones(config: Mapping[str, Any]) -> bool:
+    methods = config.get("methods", [])
+    return any(METHODS[method].trains_backbone for method in methods if method in METHODS)

@@ -1,0 +1,40 @@
+"""The studies: every module here is one section of the page.
+
+A module has a function ``section(frames: Frames) -> Section | None`` (None: the runs have nothing for it).
+To add a study, add a module and its test; nothing else names it.
+"""
+
+import pkgutil
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Literal
+
+from pipelines.report.figures import ReportFigure
+from pipelines.report.frames import Frames
+from pipelines.report.tables import ReportTable
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page.
+
+    ``name``: its anchor; ``position``: sections come in ascending order; ``words``: what it shows, in a
+    sentence; ``folded``: readers unfold the tables, and figures come first; ``on_top``: the words stand at
+    the head of the page too.
+    """
+
+    name: str
+    title: str
+    position: int
+    words: str
+    tables: tuple[ReportTable, ...] = ()
+    figures: tuple[ReportFigure, ...] = ()
+    folded: bool = False
+    on_top: Literal["highlight", "warning"] | None = None
+
+
+def sections(frames: Frames) -> list[Section]:
+    """The sections of all studies that have something to show, in the order of the page."""
+    modules = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    shown = [section for module in modules if (section := module.section(frames)) is not None]
+    return sorted(shown, key=lambda section: (section.position, section.name))

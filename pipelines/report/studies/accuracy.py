@@ -1,0 +1,55 @@
+"""Table 1: median test accuracy over seeds, of every method on every task."""
+
+import pandas as pd
+
+from pipelines.report.frames import Frames
+from pipelines.report.studies import Section
+from pipelines.report.tables import (
+    ReportTable,
+    method_title,
+    percent,
+    statistics,
+    tasks_in_order,
+    with_headers,
+)
+
+
+def section(frames: Frames) -> Section | None:
+    """The table, and which method is best on average; None without results."""
+    if frames.finished.empty:
+        return None
+    table = accuracy_table(frames.finished)
+    means = table.data.dropna(subset="mean_all").sort_values("mean_all", kind="stable")
+    best = means.groupby("backbone").tail(1).sort_values("backbone").to_dict("records")
+    words = " ".join(
+        f"{row['backbone']}: {method_title(row['method'])} has the highest mean over all tasks, "
+        f"{percent(row['mean_all'])} %."
+        for row in best
+    )
+    return Section(table.name, table.title, 10, words, (table,))
+
+
+def accuracy_table(results: pd.DataFrame) -> ReportTable:
+    """Medians over seeds, the best of each column in bold."""
+    data = statistics(results, "median")
+    shown = data.drop(columns=["backbone", "method"]).map(percent)
+    return ReportTable(
+        "table1",
+        "Test accuracy",
+        "Median over seeds, in percent; the best of each column in bold. A mean is shown where the method "
+        "has a result for every task of the backbone. The mean over all tasks weighs every task alike.",
+        data,
+        with_headers(data, shown, tasks_in_order(results)),
+        _best_as_shown(data["backbone"], shown),
+    )
+
+
+def _best_as_shown(backbones: pd.Series, shown: pd.DataFrame) -> frozenset[tuple[int, int]]:
+    """Cells on display that equal the best of their backbone's column, digits that are not shown aside."""
+    first = 2 if backbones.nunique() > 1 else 1  # after the columns of backbone and method
+    best = set()
+    for column, name in enumerate(shown):
+        numbers = pd.to_numeric(shown[name], errors="coerce")
+        top = numbers.groupby(backbones).transform("max")
+        best |= {(row, column + first) for row, is_top in enumerate(numbers == top) if is_top}
+    return frozenset(best)

@@ -1,0 +1,154 @@
+"""Result rows: what a finished training says of itself, its predictions, and what it cost."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from h2t.adapter import load_head
+from h2t.costs import BackboneCost, HeadSize, storage_bytes, training_flops
+from h2t.head2toe import Head
+from h2t.hyperparameters import Hyperparameters
+from h2t.metrics import correct
+from pipelines.artifacts import PREDICTIONS, backbone_folder, features_key, task_columns
+from pipelines.run_directory import RunDirectory
+from pipelines.task_data import TaskData
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished training says of itself, with a frozen backbone or a fine-tuned one.
+
+    ``weights``: the backbone's at the start; ``scoring_steps``: of the method that it builds on, if any.
+    """
+
+    hyperparameters: Hyperparameters
+    seed: int
+    n_features: int
+    n_kept: int
+    seconds: float
+    peak_memory_bytes: int
+    weights: str
+    train_loss: float
+    status: str = "done"
+    diverged_at: int = 0
+    scoring_steps: int | None = None
+    batch_size: int = 128
+
+
+def result_row(
+    task: TaskData,
+    outcome: Outcome,
+    predictions: pd.DataFrame,
+    validation_accuracy: float,
+    cost: BackboneCost,
+) -> dict[str, Any]:
+    """A row of ``artifacts.RESULTS``; ``predictions``: columns label and prediction of the test images."""
+    point, config = outcome.hyperparameters, task.config
+    done = outcome.status == "done"
+    n_test = len(predictions)
+    n_correct = correct(predictions["label"].to_numpy(), predictions["prediction"].to_numpy()) if done else 0
+    head = HeadSize(outcome.n_features, outcome.n_kept, task.n_classes)
+    flops = training_flops(
+        point.method,
+        cost,
+        head,
+        outcome.scoring_steps or point.steps,
+        finetuning_steps=point.steps,
+        n_images=len(task.labels["train"]),
+        batch_size=outcome.batch_size,
+    )
+    return {
+        **task_columns(task),
+        **asdict(point),
+        "seed": outcome.seed,
+        "status": outcome.status,
+        "test_accuracy": n_correct / n_test if done else math.nan,
+        "n_test": n_test,
+        "n_correct": n_correct,
+        "n_train": len(task.labels["train"]),
+        "n_classes": task.n_classes,
+        "n_features": outcome.n_features,
+        "n_kept": outcome.n_kept,
+        "validation_accuracy": validation_accuracy,
+        "train_loss": outcome.train_loss,
+        "diverged_at": outcome.diverged_at,
+        "train_seconds": outcome.seconds,
+        "peak_memory_bytes": outcome.peak_memory_bytes,
+        "modelled_flops": flops,
+        "modelled_storage_bytes": storage_bytes(point.method, cost, head),
+        "image_source": config.task_images(task.name).format,
+        "preprocessing": f"{config.backbone.resize}, {config.backbone.normalization}",
+        "fold_scheme": config.cross_validation.scheme,
+        "weights": outcome.weights,
+        "fingerprint": features_key(task, "train"),
+    }
+
+
+def result_rows(
+    task: TaskData,
+    outcomes: Sequence[Outcome],
+    predictions: pd.DataFrame,
+    chosen: pd.DataFrame,
+    manifest: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """A row for each outcome, from predictions of all of them and the choices that they rest on."""
+    cost, validation = BackboneCost(**manifest["cost"]), chosen.set_index("method")["validation_accuracy"]
+    by_head = dict(iter(predictions.groupby(["method", "seed"], sort=False)))
+    return [
+        result_row(task, outcome, by_head[method, outcome.seed], float(validation[method]), cost)
+        for outcome in outcomes
+        for method in [outcome.hyperparameters.method]
+    ]
+
+
+def outcome_of_head(run: RunDirectory, name: str, weights: str, batch_size: int) -> Outcome:
+    """The outcome of a head on frozen features from its file."""
+    head, provenance = load_head(run.read(name))
+    return Outcome(
+        head.hyperparameters,
+        head.seed,
+        head.layout.n_features,
+        len(head.kept),
+        float(provenance["train_seconds"]),
+        int(provenance["peak_memory_bytes"]),
+        weights,
+        head.train_loss,
+        batch_size=batch_size,
+    )
+
+
+def kept_rows(task: TaskData, head: Head) -> list[dict[str, Any]]:
+    """Rows of ``artifacts.KEPT``: how many features of each tap a head keeps."""
+    counts = np.bincount(head.layout.tap_of(head.kept), minlength=len(head.layout.taps))
+    shared = {**task_columns(task), "method": head.hyperparameters.method, "seed": head.seed}
+    return [
+        {**shared, "tap": tap, "tap_index": index, "n_features": width, "n_kept": int(count)}
+        for index, (tap, width, count) in enumerate(
+            zip(head.layout.taps, head.layout.widths, counts, strict=True)
+        )
+    ]
+
+
+def prediction_table(
+    task: TaskData, heads: Sequence[tuple[str, int]], index: np.ndarray, predictions: np.ndarray
+) -> pa.Table:
+    """Rows of ``artifacts.PREDICTIONS`` from classes integer [n, n_heads] of images ``index`` int32 [n].
+
+    ``heads``: method and seed of each column.
+    """
+    n, labels = len(index), task.labels["test"][index]
+    columns = {
+        "backbone": pa.repeat(pa.scalar(backbone_folder(task.config)), n * len(heads)),
+        "task": pa.repeat(pa.scalar(task.name), n * len(heads)),
+        "method": pa.array([method for method, _ in heads for _ in range(n)], pa.string()),
+        "seed": np.repeat(np.array([seed for _, seed in heads], np.int32), n),
+        "index": np.tile(np.asarray(index, np.int32), len(heads)),
+        "label": np.tile(labels, len(heads)),
+        "prediction": np.asarray(predictions, np.int32).T.reshape(-1),
+    }
+    return pa.table(columns, schema=PREDICTIONS)

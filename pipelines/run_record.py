@@ -1,0 +1,58 @@
+"""``run.yaml``: the configuration of a run with its fingerprint and the versions of the packages.
+
+It is written once per configuration: a later command with the same recipe leaves it as it is, so that it says
+what the files were made with. Records of earlier configurations are kept in ``history/``.
+"""
+
+import io
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from h2t.errors import UserError
+from pipelines.config import Config, fingerprint
+from pipelines.run_directory import RunDirectory
+
+LAYOUT = 2  # of run directories; one of another layout is refused
+RECORD = "run.yaml"
+PACKAGES = ("head2toe-ray", "numpy", "pillow", "pyarrow", "ray", "timm", "torch")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that the numbers depend on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def write_record(config: Config, run: RunDirectory) -> None:
+    """Write the record of a configuration, unless it is there. Raises UserError as ``read_record`` does."""
+    record = read_record(run)
+    current = fingerprint(config)
+    if record.get("fingerprint") == current:
+        return
+    if record:
+        run.write(f"history/run-{record['fingerprint']}.yaml", run.read(RECORD))
+    content = {
+        "layout": LAYOUT,
+        "fingerprint": current,
+        "packages": package_versions(),
+        "config": config.model_dump(mode="json"),
+    }
+    run.write(RECORD, yaml.safe_dump(content, sort_keys=False).encode())
+
+
+def read_record(run: RunDirectory) -> dict[str, Any]:
+    """The record of a run directory; empty where there is none.
+
+    Raises UserError for a run directory of another layout.
+    """
+    if run.exists("config.yaml"):
+        raise UserError(f"{run.uri} was written by version 1, which had another layout; expected layout "
+                        f"{LAYOUT}: give another --run-dir, or move that folder away")  # fmt: skip
+    if not run.exists(RECORD):
+        return {}
+    record: dict[str, Any] = yaml.safe_load(io.BytesIO(run.read(RECORD)))
+    if record.get("layout") != LAYOUT:
+        raise UserError(f"{run.uri} has layout {record.get('layout')}, expected {LAYOUT}: it was written by "
+                        "another version of this package")  # fmt: skip
+    return record

@@ -1,0 +1,70 @@
+"""What the stages of a run share, and what a step of a stage is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from pipelines.cluster import Cluster, connect
+from pipelines.config import Config
+from pipelines.run_directory import RunDirectory
+from pipelines.task_data import TaskData, open_task
+
+Advance = Callable[[int, str], None]
+"""Counts units that are done, and says where they were."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run: its recipe, opened tasks, directory and screen. The cluster starts when it is first needed."""
+
+    config: Config
+    run: RunDirectory
+    console: Console
+    address: str | None = None
+
+    @cached_property
+    def tasks(self) -> Mapping[str, TaskData]:
+        """The tasks of the recipe by name, their images opened and their labels read."""
+        return {task.name: open_task(self.config, task.name) for task in self.config.tasks}
+
+    @cached_property
+    def cluster(self) -> Cluster:
+        """The Ray cluster, connected to or started here."""
+        return connect(self.address)
+
+
+class Product(Protocol):
+    """What one folder of the run directory is to hold."""
+
+    @property
+    def folder(self) -> str:
+        """Its name, relative to the run directory."""
+        ...
+
+    def is_current(self, run: RunDirectory, name: str, location: str) -> bool:
+        """Whether a file of that name, which lies at ``location``, belongs to the present configuration."""
+        ...
+
+    def missing(self, run: RunDirectory, present: Sequence[str]) -> list[Any]:
+        """Units of work that make what the present files lack."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a stage: what it makes, and how.
+
+    ``title`` begins its lines on the screen; ``unit``: what its progress counts; ``make`` writes the files of
+    missing units; ``count``: how many of ``unit`` these are. A ``brief`` step is done in no time and says
+    nothing.
+    """
+
+    title: str
+    unit: str
+    products: Callable[[Session], Sequence[Product]]
+    make: Callable[[Session, list[Any], Advance], None]
+    count: Callable[[Sequence[Any]], int] = len
+    brief: bool = False

@@ -1,0 +1,190 @@
+"""Keys: what changes them and what never does; and that every kind of table reads anywhere."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+import polars
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from safetensors.torch import save_file
+
+from h2t.backbones.loading import load_backbone
+from h2t.methods import METHODS
+from pipelines import artifacts
+from pipelines.config import Config, Resources
+from pipelines.run import STAGES, run_stages
+from pipelines.run_directory import RunDirectory
+from pipelines.task_data import open_task
+from tests.pipelines.conftest import frame, output, run_all, small_config, write_task
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+# Another value of every setting of how the work is cut.
+OTHER_RESOURCES: dict[str, Any] = {
+    "actors": 2, "gpus_per_actor": 0.0, "cpus_per_actor": 2, "gpus_per_trial": 0.0, "cpus_per_trial": 2,
+    "concurrent_trials": 2, "points_per_trial": 3, "memory_per_trial_gb": 1.0, "shard_size": 7,
+    "images_per_forward": 3, "feature_compression": "zstd", "max_failures": 5, "no_progress_timeout_s": 60.0,
+}  # fmt: skip
+
+
+def keys(config: Config) -> dict[str, list[str]]:
+    """Every key of the first task, by kind."""
+    task = open_task(config, "first")
+    point = config.search_space("head2toe")[0]
+    return {
+        "features": [artifacts.features_key(task, split) for split in ("train", "test")],
+        "trials": [trial.key for trial in artifacts.trials(task).trials],
+        "chosen": list(artifacts.chosen_from_trials(task).units),
+        "heads": list(artifacts.heads(task, [point]).units),
+        "finetuning": [artifacts.finetuning(task, point, 0, fold, point).file for fold in (0, None)],
+        "predictions": [artifacts.predictions(task, "frozen", ["a head"]).key],
+        "manifests": list(artifacts.manifest(task).units),
+    }
+
+
+def test_every_setting_of_resources_is_tried() -> None:
+    assert set(OTHER_RESOURCES) == set(Resources.model_fields)
+    defaults = Resources()
+    assert all(getattr(defaults, name) != value for name, value in OTHER_RESOURCES.items())
+
+
+@pytest.mark.parametrize("name", list(OTHER_RESOURCES))
+def test_no_setting_of_resources_changes_any_key(images: Path, name: str) -> None:
+    assert keys(small_config(images, resources={name: OTHER_RESOURCES[name]})) == keys(small_config(images))
+
+
+def test_another_cut_of_the_work_recomputes_nothing(
+    finished: RunDirectory, images: Path, tmp_path: Path
+) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    shutil.copytree(finished.uri, run.uri)
+    kinds = ("features", "trials", "chosen", "heads", "predictions", "results", "kept")
+
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for kind in kinds for path in Path(run.uri, kind).rglob("*.*")}
+
+    before = times()
+    cut = {name: OTHER_RESOURCES[name] for name in ("shard_size", "images_per_forward", "points_per_trial")}
+    run_all(small_config(images, resources=cut), run)
+    assert times() == before
+    assert not Path(run.uri, "superseded").exists()
+
+
+def test_moved_images_and_weights_keep_every_key(images: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    model = load_backbone("test_efficientnet", weights="random", image_size=32, seed=3).model
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
+    before = keys(small_config(images, backbone={"weights": str(weights)}))
+    shutil.copytree(images, tmp_path / "mounted elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    moved = weights.rename(tmp_path / "elsewhere" / "renamed.safetensors")
+    config = small_config(tmp_path / "mounted elsewhere", backbone={"weights": str(moved)})
+    assert keys(config) == before
+    assert keys(small_config(images)) != before
+
+
+def test_another_image_under_the_same_name_changes_every_key(images: Path, tmp_path: Path) -> None:
+    write_task(tmp_path, "first")
+    same = keys(small_config(tmp_path, ("first",)))
+    assert same == keys(small_config(images))
+    write_task(tmp_path, "first", seed=9)
+    other = keys(small_config(tmp_path, ("first",)))
+    assert all(set(other[kind]).isdisjoint(same[kind]) for kind in same)
+
+
+def test_another_version_of_the_heads_keeps_the_features(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keys(small_config(images))
+    monkeypatch.setattr(artifacts, "HEADS_VERSION", artifacts.HEADS_VERSION + 1)
+    after = keys(small_config(images))
+    assert after["features"] == before["features"]
+    assert after["manifests"] == before["manifests"]
+    for kind in ("trials", "chosen", "heads"):
+        assert set(after[kind]).isdisjoint(before[kind])
+
+
+def test_another_definition_of_a_method_makes_its_heads_anew(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    before = {
+        trial.point: trial.key for trial in artifacts.trials(open_task(small_config(images), "first")).trials
+    }
+    monkeypatch.setitem(METHODS, "head2toe", replace(METHODS["head2toe"], regularizer="l1"))
+    after = {
+        trial.point: trial.key for trial in artifacts.trials(open_task(small_config(images), "first")).trials
+    }
+    changed = {point.method for point in before if before[point] != after[point]}
+    assert changed == {"head2toe"}
+
+
+def test_a_changed_grid_trains_only_what_is_new(finished: RunDirectory, images: Path, tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    shutil.copytree(finished.uri, run.uri)
+    before = frame(run, "trials")
+    run_stages(small_config(images, grid={"steps": [5, 10, 12]}), run.uri, ["sweep"], Console(quiet=True))
+    after = frame(run, "trials")
+    assert set(before["trial"]) < set(after["trial"])
+    assert set(after.loc[~after["trial"].isin(before["trial"]), "steps"]) == {12}
+    assert not after["trial"].duplicated().any()
+
+
+KINDS = ("results", "trials", "chosen", "kept", "predictions", "features/test_efficientnet/target-size-16")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tool_reads_every_kind_of_table_with_default_options(finished: RunDirectory, kind: str) -> None:
+    folder = f"{finished.uri}/{kind}"
+    files = [str(path) for path in Path(folder).rglob("*.parquet")]
+    n_rows = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
+    read = {
+        "pandas": pd.read_parquet(folder),
+        "pyarrow": pq.read_table(folder).to_pandas(),
+        "dataset": pyarrow.dataset.dataset(folder).to_table().to_pandas(),
+        "polars folder": polars.read_parquet(folder).to_pandas(),
+        "polars pattern": polars.read_parquet(f"{folder}/**/*.parquet").to_pandas(),
+        "duckdb": duckdb.sql(f"SELECT * FROM '{folder}/**/*.parquet'").df(),
+    }
+    for tool, rows in read.items():
+        assert len(rows) == n_rows > 0, tool
+        assert set(rows["task"]) == {"first", "second"}, tool
+        assert set(rows["backbone"]) == {"test_efficientnet"}, tool
+        assert str(rows["task"].dtype) in ("object", "str", "string"), tool
+
+
+@pytest.mark.parametrize(
+    ("kind", "schema"),
+    [
+        ("results", artifacts.RESULTS), ("trials", artifacts.TRIALS), ("chosen", artifacts.CHOSEN),
+        ("kept", artifacts.KEPT), ("predictions", artifacts.PREDICTIONS),
+    ],
+)  # fmt: skip
+def test_tables_have_the_declared_columns(finished: RunDirectory, kind: str, schema: Any) -> None:
+    for path in Path(finished.uri, kind).rglob("*.parquet"):
+        assert pq.read_schema(path).remove_metadata().equals(schema)
+
+
+def test_names_of_folders_say_nothing_that_readers_take_for_columns(finished: RunDirectory) -> None:
+    assert not [path for path in Path(finished.uri).rglob("*") if "=" in path.name]
+
+
+@pytest.mark.parametrize("kind", ["features", "trials", "heads", "predictions", "results", "manifests"])
+def test_a_damaged_file_is_set_aside_said_and_made_again(
+    finished: RunDirectory, images: Path, tmp_path: Path, console: Console, kind: str
+) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    shutil.copytree(finished.uri, run.uri)
+    victim = next(path for path in sorted(Path(run.uri, kind).rglob("*")) if path.is_file())
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    run_stages(small_config(images), run.uri, list(STAGES), console)
+    name = str(victim.relative_to(run.uri))
+    assert f"{name} is damaged" in " ".join(output(console).split())
+    assert (Path(run.uri) / "damaged" / name).exists()
+    assert victim.stat().st_size == (Path(finished.uri) / name).stat().st_size
