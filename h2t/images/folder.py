@@ -1,8 +1,7 @@
 """A folder of images: a sub-folder per class, with or without a train/ and a test/ above them."""
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -19,7 +18,7 @@ from h2t.images.remote import (
     require_root,
     task_folder,
 )
-from h2t.images.source import EncodedImage, Image, RowProblem, SourceSplit, SourceUnavailable
+from h2t.images.source import EncodedImage, FileSource, Image, RowProblem, SourceSplit, SourceUnavailable
 from h2t.tasks import Task
 
 _LAYOUT = "a folder with train/<class>/ and test/<class>/, or with <class>/ alone, of image files"
@@ -27,7 +26,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", 
 
 
 @dataclass(frozen=True)
-class FolderSource:
+class FolderSource(FileSource):
     """Image files by class; labels are the places of the class names in natural order ('2' before '10').
 
     Files of other suffixes than images' are no rows. Rows come sorted by path: shuffle them, since folds
@@ -39,8 +38,6 @@ class FolderSource:
     task: Task
     test_fraction: float
     seed: int
-    # Every opening lists the files anew, but a worker lists them once for all that it is asked to read.
-    opened: int = field(default_factory=time.time_ns)
 
     def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [n]."""

@@ -7,20 +7,6 @@ from PIL import Image as PillowImage
 
 from h2t.tasks import Task
 
-# Tasks whose original images are lossless: a JPEG of one of these is not the paper's pixels.
-_LOSSLESS_ORIGINALS = {
-    "cifar100",
-    "svhn",
-    "patch_camelyon",
-    "clevr_count",
-    "clevr_dist",
-    "kitti",
-    "dsprites_loc",
-    "dsprites_ori",
-    "smallnorb_azi",
-    "smallnorb_ele",
-}
-
 
 def describe_encoding(data: bytes, task: Task) -> str:
     """The encoding of a task's image in words; 'lossy JPEG copy' where the original was lossless.
@@ -40,7 +26,7 @@ def describe_encoding(data: bytes, task: Task) -> str:
 def _describe(image: PillowImage.Image, task: Task) -> str:
     if image.format != "JPEG":
         return image.format or "unknown"
-    if task.name in _LOSSLESS_ORIGINALS:
+    if task.lossless:
         return "lossy JPEG copy"
     tables = getattr(image, "quantization", {})
     return "JPEG of quality 75, probably re-encoded" if tables.get(0) == _default_table() else "JPEG"

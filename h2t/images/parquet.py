@@ -1,9 +1,8 @@
 """Parquet files of image bytes and integer labels, as data set hubs and ``h2t prepare`` write them."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -16,7 +15,7 @@ from h2t.errors import UserError, unknown
 from h2t.images.identity import content_identity
 from h2t.images.lossy import describe_encoding
 from h2t.images.remote import of_split, open_root, require_root, shards, task_folder
-from h2t.images.source import EncodedImage, Image, RowProblem, SourceSplit, SourceUnavailable
+from h2t.images.source import EncodedImage, FileSource, Image, RowProblem, SourceSplit, SourceUnavailable
 from h2t.tasks import Task
 
 _LAYOUT = "a Parquet file with a column 'split', or a folder with files named after train and test"
@@ -27,7 +26,7 @@ _INDEX_COLUMN, _SPLIT_COLUMN = "index", "split"
 
 
 @dataclass(frozen=True)
-class ParquetSource:
+class ParquetSource(FileSource):
     """Rows in the order of an integer column ``index`` where there is one, else as in the files, by name."""
 
     root: str
@@ -37,8 +36,6 @@ class ParquetSource:
     label: str = ""
     train: str = "train"  # the splits' names in file names or in the column 'split'
     test: str = "test"
-    # Every opening lists the files anew, but a worker lists them once for all that it is asked to read.
-    opened: int = field(default_factory=time.time_ns)
 
     def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [n], -1 where the label is null or negative or too large for int32."""
@@ -79,10 +76,6 @@ class ParquetSource:
             yield RowProblem(row, listed.name(row), "no index, or one that is negative")
         for row in (np.flatnonzero(np.diff(listed.index) == 0) + 1).tolist():
             yield RowProblem(row, listed.name(row), f"index {listed.index[row]} occurs twice")
-
-    def class_names(self) -> tuple[str, ...]:
-        """None: labels are numbers."""
-        return ()
 
     def identity(self, split: SourceSplit) -> str:
         """The content of the files that hold the split, and which column holds the images."""

@@ -82,7 +82,7 @@ def _field(name: str) -> Callable[[Record], int]:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class VtabRule:
     """How a VTAB-1k task is made of a data set; splits in TensorFlow Datasets' notation."""
 
     dataset: str
@@ -102,28 +102,28 @@ _DSPRITES = ("dsprites:2.*.*", "train[:800]+train[589824:590024]", "train[663552
 _SMALLNORB = ("smallnorb:2.*.*", "train[:800]+test[:200]", "test[50%:]")
 _CLEVR = ("clevr:3.*.*", "train[:800]+train[63000:63200]", "validation")
 
-RECIPES: dict[str, Recipe] = {
-    "cifar100": Recipe("cifar100:3.*.*", "train[:800]+train[45000:45200]"),
-    "caltech101": Recipe("caltech101:3.*.*", "train[:800]+train[2754:2954]"),
-    "dtd": Recipe("dtd:3.*.*", _WITH_VALIDATION),
-    "oxford_flowers102": Recipe("oxford_flowers102:2.*.*", _WITH_VALIDATION),
+RULES: dict[str, VtabRule] = {
+    "cifar100": VtabRule("cifar100:3.*.*", "train[:800]+train[45000:45200]"),
+    "caltech101": VtabRule("caltech101:3.*.*", "train[:800]+train[2754:2954]"),
+    "dtd": VtabRule("dtd:3.*.*", _WITH_VALIDATION),
+    "oxford_flowers102": VtabRule("oxford_flowers102:2.*.*", _WITH_VALIDATION),
     # Version 4 has the same images in the same order, some encoded anew, and is all that new releases make.
-    "oxford_iiit_pet": Recipe("oxford_iiit_pet:*.*.*", "train[:800]+train[2944:3144]"),
-    "svhn": Recipe("svhn_cropped:3.*.*", "train[:800]+train[65931:66131]"),
-    "sun397": Recipe("sun397/tfds:4.*.*", _WITH_VALIDATION),
-    "patch_camelyon": Recipe("patch_camelyon:2.*.*", _WITH_VALIDATION),
-    "eurosat": Recipe("eurosat/rgb:2.*.*", "train[:800]+train[16200:16400]", "train[21600:]"),
-    "resisc45": Recipe("resisc45:3.*.*", "train[:800]+train[18900:19100]", "train[25200:]"),
-    "diabetic_retinopathy": Recipe("diabetic_retinopathy_detection/btgraham-300:3.*.*", _WITH_VALIDATION),
-    "clevr_count": Recipe(*_CLEVR, label=clevr_count),
-    "clevr_dist": Recipe(*_CLEVR, label=clevr_distance),
-    "dmlab": Recipe("dmlab:2.0.1", _WITH_VALIDATION),
+    "oxford_iiit_pet": VtabRule("oxford_iiit_pet:*.*.*", "train[:800]+train[2944:3144]"),
+    "svhn": VtabRule("svhn_cropped:3.*.*", "train[:800]+train[65931:66131]"),
+    "sun397": VtabRule("sun397/tfds:4.*.*", _WITH_VALIDATION),
+    "patch_camelyon": VtabRule("patch_camelyon:2.*.*", _WITH_VALIDATION),
+    "eurosat": VtabRule("eurosat/rgb:2.*.*", "train[:800]+train[16200:16400]", "train[21600:]"),
+    "resisc45": VtabRule("resisc45:3.*.*", "train[:800]+train[18900:19100]", "train[25200:]"),
+    "diabetic_retinopathy": VtabRule("diabetic_retinopathy_detection/btgraham-300:3.*.*", _WITH_VALIDATION),
+    "clevr_count": VtabRule(*_CLEVR, label=clevr_count),
+    "clevr_dist": VtabRule(*_CLEVR, label=clevr_distance),
+    "dmlab": VtabRule("dmlab:2.0.1", _WITH_VALIDATION),
     # Version 3.3.0 only names what 3.2.0 numbers, and is all that new releases make.
-    "kitti": Recipe("kitti:3.*.*", _WITH_VALIDATION, label=kitti_distance),
-    "dsprites_loc": Recipe(*_DSPRITES, label=dsprites_location, brightness=255),
-    "dsprites_ori": Recipe(*_DSPRITES, label=dsprites_orientation, brightness=255),
-    "smallnorb_azi": Recipe(*_SMALLNORB, label=_field("label_azimuth")),
-    "smallnorb_ele": Recipe(*_SMALLNORB, label=_field("label_elevation")),
+    "kitti": VtabRule("kitti:3.*.*", _WITH_VALIDATION, label=kitti_distance),
+    "dsprites_loc": VtabRule(*_DSPRITES, label=dsprites_location, brightness=255),
+    "dsprites_ori": VtabRule(*_DSPRITES, label=dsprites_orientation, brightness=255),
+    "smallnorb_azi": VtabRule(*_SMALLNORB, label=_field("label_azimuth")),
+    "smallnorb_ele": VtabRule(*_SMALLNORB, label=_field("label_elevation")),
 }
 """By the name of the task."""
 
@@ -183,22 +183,22 @@ def prepare_task(
         UserError: no such task, or a data set with other splits than VTAB's.
         SourceUnavailable: TensorFlow Datasets or the data set is not there.
     """
-    if task.name not in RECIPES:
-        raise unknown("VTAB-1k task", task.name, RECIPES)
-    recipe = RECIPES[task.name]
+    if task.name not in RULES:
+        raise unknown("VTAB-1k task", task.name, RULES)
+    rule = RULES[task.name]
     filesystem, base = open_root(destination)
-    paths = {name: f"{base}/{task.name}/{name}.parquet" for name in recipe.splits}
+    paths = {name: f"{base}/{task.name}/{name}.parquet" for name in rule.splits}
     missing = [
         name for name, path in paths.items() if filesystem.get_file_info(path).type == FileType.NotFound
     ]
     if not missing:
         return {}
-    records = records or open_records(recipe.dataset, data_dir)
+    records = records or open_records(rule.dataset, data_dir)
     sizes = {name: len(split) for name, split in records.items()}
-    resolved = {name: resolve_split(recipe.splits[name], sizes) for name in missing}
+    resolved = {name: resolve_split(rule.splits[name], sizes) for name in missing}
     filesystem.create_dir(f"{base}/{task.name}", recursive=True)
     return {
-        name: _write(_rows(recipe, records, parts, partial(progress, name)), filesystem, paths[name])
+        name: _write(_rows(rule, records, parts, partial(progress, name)), filesystem, paths[name])
         for name, parts in resolved.items()
     }
 
@@ -260,13 +260,13 @@ _Row = tuple[int, bytes, str]
 
 
 def _rows(
-    recipe: Recipe, records: Records, parts: Sequence[tuple[str, range]], progress: Callable[[int, int], None]
+    rule: VtabRule, records: Records, parts: Sequence[tuple[str, range]], progress: Callable[[int, int], None]
 ) -> Iterator[_Row]:
     """Label, encoded image and origin of each row."""
     places = [(split, number) for split, rows in parts for number in rows]
     for done, (split, number) in enumerate(places, 1):
         record = records[split][number]
-        yield recipe.label(record), lossless(record["image"], recipe.brightness), f"{split}/{number}"
+        yield rule.label(record), lossless(record["image"], rule.brightness), f"{split}/{number}"
         progress(done, len(places))
 
 

@@ -1,7 +1,8 @@
 """What an image source promises, and what can be wrong with an image."""
 
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -63,6 +64,20 @@ class ImageSource(Protocol):
     def provenance(self) -> dict[str, str]:
         """Where the images come from: ``source``, and ``root``, ``encoding``, ``licence`` where known."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSource:
+    """A source of files, which are listed once in a process for all that it is asked to read.
+
+    ``opened``: makes every opening list them anew.
+    """
+
+    opened: int = field(default_factory=time.time_ns)
+
+    def class_names(self) -> tuple[str, ...]:
+        """None, unless a source knows them: labels are numbers."""
+        return ()
 
 
 class SourceUnavailable(UserError):

@@ -5,9 +5,8 @@
 """
 
 import posixpath
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
@@ -17,7 +16,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 from h2t.images.identity import content_identity
 from h2t.images.lossy import describe_encoding
 from h2t.images.remote import open_root, read_files, read_text, require_root, task_folder
-from h2t.images.source import EncodedImage, Image, RowProblem, SourceSplit, SourceUnavailable
+from h2t.images.source import EncodedImage, FileSource, Image, RowProblem, SourceSplit, SourceUnavailable
 from h2t.tasks import Task
 
 _LAYOUT = "the folder that holds cifar/, caltech101/ … of a VTAB-1k archive"
@@ -26,14 +25,12 @@ _LISTS = {"train": (("train800val200.txt",), ("train800.txt", "val200.txt")), "t
 
 
 @dataclass(frozen=True)
-class Vtab1kSource:
+class Vtab1kSource(FileSource):
     """One task of an archive; rows are the lines of its lists, in their order, blank ones left out."""
 
     root: str
     folder: str  # within the root's file system
     task: Task
-    # Every opening lists the files anew, but a worker lists them once for all that it is asked to read.
-    opened: int = field(default_factory=time.time_ns)
 
     def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [n], -1 where a line is broken."""
@@ -63,10 +60,6 @@ class Vtab1kSource:
                 yield RowProblem(row, self.name(split, row), "missing file")
             if first_row.setdefault(path, row) != row:
                 yield RowProblem(row, self.name(split, row), f"listed twice, first as row {first_row[path]}")
-
-    def class_names(self) -> tuple[str, ...]:
-        """None: labels are numbers."""
-        return ()
 
     def identity(self, split: SourceSplit) -> str:
         """The content of the listed images."""

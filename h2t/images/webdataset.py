@@ -7,9 +7,8 @@ and images are then read at random.
 import io
 import posixpath
 import tarfile
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -18,7 +17,7 @@ from pyarrow.fs import FileSystem
 from h2t.images.identity import content_identity
 from h2t.images.lossy import describe_encoding
 from h2t.images.remote import of_split, open_root, require_root, shards, task_folder
-from h2t.images.source import EncodedImage, Image, RowProblem, SourceSplit, SourceUnavailable
+from h2t.images.source import EncodedImage, FileSource, Image, RowProblem, SourceSplit, SourceUnavailable
 from h2t.tasks import Task
 
 _LAYOUT = "a folder with train/*.tar and test/*.tar of images and .cls files"
@@ -29,7 +28,7 @@ _HEADER_BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
-class WebDatasetSource:
+class WebDatasetSource(FileSource):
     """Samples in the order of the shards ('2.tar' before '10.tar') and, within a shard, of its files."""
 
     root: str
@@ -37,8 +36,6 @@ class WebDatasetSource:
     task: Task
     train: str = "train"  # the splits' names in the paths of shards
     test: str = "test"
-    # Every opening lists the files anew, but a worker lists them once for all that it is asked to read.
-    opened: int = field(default_factory=time.time_ns)
 
     def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [n], -1 where a sample has no label or one that is no integer."""
@@ -70,10 +67,6 @@ class WebDatasetSource:
                 yield RowProblem(row, sample.path, "no .cls file with a non-negative integer")
             if first_row.setdefault(sample.path, row) != row:
                 yield RowProblem(row, sample.path, f"key occurs twice, first as row {first_row[sample.path]}")
-
-    def class_names(self) -> tuple[str, ...]:
-        """None: labels are numbers."""
-        return ()
 
     def identity(self, split: SourceSplit) -> str:
         """The content of the shards that hold the split."""

@@ -81,3 +81,29 @@ def test_tasks_and_taps_are_listed() -> None:
     assert "28,296" in taps
     assert "51 taps" in taps
     assert "…" not in listed + taps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["run", "--help"], 0),
+        (["tasks"], 0),
+        (["run", "demo", "--set", "grid.steps=[0]"], 2),
+    ],
+)
+def test_help_tasks_and_a_wrong_recipe_answer_without_torch_and_ray(
+    arguments: list[str], status: int
+) -> None:
+    code = f"""
+import sys
+from pipelines.cli import main
+sys.argv = ["h2t", *{arguments}]
+try:
+    main()
+except SystemExit as end:
+    assert (end.code or 0) == {status}, end.code
+assert not {{"torch", "ray"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

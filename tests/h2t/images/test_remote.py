@@ -2,7 +2,6 @@
 
 import io
 import tarfile
-from collections.abc import Iterator
 from dataclasses import replace
 
 import boto3
@@ -10,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from h2t.errors import UserError
 from h2t.images.formats import open_source
-from h2t.images.prepare_vtab import RECIPES, prepare_task
+from h2t.images.prepare_vtab import RULES, prepare_task
 from h2t.images.preprocessing import decode
 from h2t.images.source import SourceUnavailable, check_rows
 from h2t.tasks import find_task
@@ -23,33 +21,15 @@ TASK = find_task("eurosat")
 LABELS = [3, 1, 2, 0, 4]
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """Host and port of the server, with a bucket 'images'."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            ("ACCESS_KEY_ID", "a"),
-            ("SECRET_ACCESS_KEY", "b"),
-            ("DEFAULT_REGION", "us-east-1"),
-        ):
-            patch.setenv(f"AWS_{name}", value)
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="images")
-        yield f"{host}:{port}"
-        server.stop()
-
-
 @pytest.fixture
-def put(endpoint):
+def put(s3):
     """Stores an object."""
-    client = boto3.client("s3", endpoint_url=f"http://{endpoint}")
+    client = boto3.client("s3", endpoint_url=f"http://{s3}")
     return lambda key, data: client.put_object(Bucket="images", Key=key, Body=data)
 
 
-def root(endpoint, folder):
-    return f"s3://images/{folder}?endpoint_override={endpoint}&scheme=http"
+def root(s3, folder):
+    return f"s3://images/{folder}?endpoint_override={s3}&scheme=http"
 
 
 @pytest.fixture
@@ -100,9 +80,9 @@ _FILES = {"vtab1k": _archive, "folder": _folder, "parquet": _parquet, "webdatase
 
 
 @pytest.mark.parametrize("format", list(_FILES))
-def test_every_format_reads_from_an_object_store(format, stored, endpoint):
+def test_every_format_reads_from_an_object_store(format, stored, s3):
     pixels = stored(format)
-    source = open_source(format, TASK, root(endpoint, format), {})
+    source = open_source(format, TASK, root(s3, format), {})
     for split in ("train", "test"):
         labels = source.labels(split).tolist()
         assert sorted(labels) == [0, 1, 2, 3, 4]
@@ -112,19 +92,19 @@ def test_every_format_reads_from_an_object_store(format, stored, endpoint):
     assert source.provenance()["encoding"] == "PNG"
 
 
-def test_missing_objects_are_rows_like_missing_files(stored, put, endpoint):
+def test_missing_objects_are_rows_like_missing_files(stored, put, s3):
     stored("vtab1k")
     put("vtab1k/eurosat/test.txt", b"images/test/000009.png 1\nimages/test/000000.png 2\n")
-    source = open_source("vtab1k", TASK, root(endpoint, "vtab1k"), {})
+    source = open_source("vtab1k", TASK, root(s3, "vtab1k"), {})
     assert [(row.index, row.reason) for row in check_rows(source, TASK, "test")] == [(0, "missing file")]
     missing, there = source.read("test", [0, 1])
     assert missing.data == b""
     assert decode(there).shape == (4, 6, 3)
 
 
-def test_roots_that_are_not_there(endpoint):
+def test_roots_that_are_not_there(s3):
     with pytest.raises(SourceUnavailable, match="are not at"):
-        open_source("parquet", TASK, root(endpoint, "nowhere"), {})
+        open_source("parquet", TASK, root(s3, "nowhere"), {})
     nobody = "s3://images/there?endpoint_override=127.0.0.1:9&scheme=http"  # nothing listens on this port
     with pytest.raises(SourceUnavailable, match="the images of eurosat: cannot look into s3://images/there"):
         open_source("parquet", TASK, nobody, {})
@@ -132,11 +112,11 @@ def test_roots_that_are_not_there(endpoint):
         open_source("parquet", TASK, "ftp://somewhere/else", {})
 
 
-def test_prepared_to_an_object_store(endpoint, encode, monkeypatch):
+def test_prepared_to_an_object_store(s3, encode, monkeypatch):
     image = encode(np.full((2, 2, 3), 7, dtype=np.uint8))
     records = {"train": [{"image": image, "label": number % 10} for number in range(27_000)]}
-    monkeypatch.setitem(RECIPES, "eurosat", _smaller(RECIPES["eurosat"]))
-    destination = root(endpoint, "prepared")
+    monkeypatch.setitem(RULES, "eurosat", _smaller(RULES["eurosat"]))
+    destination = root(s3, "prepared")
     assert prepare_task(TASK, "", destination, records=records) == {
         "train": 1000,
         "test": 40,
