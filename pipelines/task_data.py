@@ -1,7 +1,7 @@
 """The tasks of a recipe with their images opened: labels, folds, and what identifies the images."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -30,6 +30,7 @@ class TaskData:
     sources: dict[Split, tuple[ImageSource, SourceSplit]]
     labels: dict[Split, np.ndarray]
     bad_rows: tuple[BadRow, ...] = ()
+    identities: dict[Split, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -52,9 +53,14 @@ class TaskData:
         return source.read(source_split, rows)
 
     def image_identity(self, split: Split) -> str:
-        """Hexadecimal digits that change with the images and labels of a split, wherever they lie."""
-        source, source_split = self.sources[split]
-        return source.identity(source_split)
+        """Hexadecimal digits that change with the images and labels of a split, wherever they lie.
+
+        Read once: a run's keys are those of the images as it found them.
+        """
+        if split not in self.identities:
+            source, source_split = self.sources[split]
+            self.identities[split] = source.identity(source_split)
+        return self.identities[split]
 
     @cached_property
     def n_classes(self) -> int:
