@@ -153,8 +153,9 @@ class Predictor:
 
 
 def result_product(task: TaskData, files: Sequence[str]) -> Files:
-    """The result rows of a task, which follow from its heads and choices."""
-    return results(task, "frozen", [list(files), list(chosen_from_trials(task).units)])
+    """The result rows of a task, which follow from its heads, their predictions and the choices."""
+    keys = [predictions(task, "frozen", files).key, list(chosen_from_trials(task).units)]
+    return results(task, "frozen", keys)
 
 
 def make_results(session: Session, tasks: Sequence[str], advance: Advance) -> None:

@@ -269,7 +269,8 @@ def make_predictions(session: Session, gaps: Sequence[Gap], advance: Advance) ->
 def result_product(task: TaskData, run: RunDirectory) -> Files:
     """The result rows of a task; the best of others may copy rows of frozen heads, which have own seeds."""
     models = [member.file for member in final_trainings(task, run)]
-    keys = [models, list(choice_product(task, run).units), task.config.seeds]
+    predicted = artifacts.predictions(task, "finetuned", models).key
+    keys = [predicted, list(choice_product(task, run).units), task.config.seeds]
     return artifacts.results(task, "finetuned", keys)
 
 

@@ -54,12 +54,12 @@ def run_jobs(
     ``resources`` alone). Raises UserError for a user's mistake in a job, or when jobs keep failing.
     """
     by_name = {job.name: job for job in jobs}
-    works = {name: job.work for name, job in by_name.items()}
+    payloads = {name: job.work for name, job in by_name.items()}
     space = [{"name": job.name, **job.config} for job in jobs]
     with tempfile.TemporaryDirectory() as scratch:
         outcome = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_trainable, works=works, run=run, shared=shared), resources
+                tune.with_parameters(_trainable, payloads=payloads, run=run, shared=shared), resources
             ),
             param_space={"job": tune.grid_search(space)},
             tune_config=tune.TuneConfig(
@@ -85,9 +85,9 @@ def run_jobs(
         )
 
 
-def _trainable(config: dict[str, Any], works: dict[str, Any], run: Any, shared: Any) -> None:
+def _trainable(config: dict[str, Any], payloads: dict[str, Any], run: Any, shared: Any) -> None:
     def work() -> None:
-        for metrics in run(works[config["job"]["name"]], shared):
+        for metrics in run(payloads[config["job"]["name"]], shared):
             tune.report({**metrics, "user_error": ""})
 
     if user_error := user_error_of(work):

@@ -45,10 +45,12 @@ def open_source(format: str, task: Task, root: str | None, options: dict[str, An
     if format not in SOURCES:
         raise unknown("image format", format, SOURCES)
     stated = {"shuffle": _SHUFFLED.get(format), **options}
-    own, common = _options(SOURCES[format]), _options(arrange)
+    specific, common = _options(SOURCES[format]), _options(arrange)
     for name, value in options.items():
-        _check_option(format, name, value, own | common)
-    source = SOURCES[format](task, root, **{name: value for name, value in stated.items() if name in own})
+        _check_option(format, name, value, specific | common)
+    source = SOURCES[format](
+        task, root, **{name: value for name, value in stated.items() if name in specific}
+    )
     return arrange(source, **{name: value for name, value in stated.items() if name in common})
 
 
@@ -66,7 +68,7 @@ def check_format(format: str, root: str | None) -> None:
 def _options(function: Callable[..., Any]) -> dict[str, Any]:
     """Types of the keyword-only arguments."""
     parameters = inspect.signature(function).parameters.values()
-    return {each.name: each.annotation for each in parameters if each.kind is each.KEYWORD_ONLY}
+    return {item.name: item.annotation for item in parameters if item.kind is item.KEYWORD_ONLY}
 
 
 def _check_option(format: str, name: str, value: Any, known: dict[str, Any]) -> None:

@@ -214,13 +214,13 @@ def _label_column(schema: pa.Schema, path: str, stated: str) -> str:
 def _column(schema: pa.Schema, path: str, stated: str, usual: Sequence[str], what: str) -> str:
     if stated and stated not in schema.names:
         raise unknown(f"{what} column of {path}", stated, schema.names)
-    found = stated or next((name for name in usual if name in schema.names), "")
-    if not found:
+    name = stated or next((column for column in usual if column in schema.names), "")
+    if not name:
         raise UserError(
             f"no {what} column in {path}: expected one of {', '.join(usual)}, or its name in the option "
             f"'{what}'; the file has {', '.join(schema.names)}"
         )
-    return found
+    return name
 
 
 # A shard's rows mostly sit in one row group, and the next shard's in the same one or the next.

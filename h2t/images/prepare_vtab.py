@@ -263,11 +263,11 @@ def _rows(
     rule: VtabRule, records: Records, parts: Sequence[tuple[str, range]], progress: Callable[[int, int], None]
 ) -> Iterator[_Row]:
     """Label, encoded image and origin of each row."""
-    places = [(split, number) for split, rows in parts for number in rows]
-    for done, (split, number) in enumerate(places, 1):
+    positions = [(split, number) for split, rows in parts for number in rows]
+    for done, (split, number) in enumerate(positions, 1):
         record = records[split][number]
         yield rule.label(record), lossless(record["image"], rule.brightness), f"{split}/{number}"
-        progress(done, len(places))
+        progress(done, len(positions))
 
 
 def lossless(image: bytes | np.ndarray, brightness: int = 1) -> bytes:

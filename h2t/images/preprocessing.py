@@ -63,7 +63,8 @@ def to_batch(
     shape = (len(images), 3, size, size)
     batch = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
     mean, std = (
-        torch.tensor(each, device=device).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std)
+        torch.tensor(values, device=device).view(3, 1, 1)
+        for values in (preprocessing.mean, preprocessing.std)
     )
     at_once = _PIXELS_AT_ONCE_CPU if batch.device.type == "cpu" else _PIXELS_AT_ONCE_GPU
     for rows in _rows_of_equal_size(images, size, at_once):

@@ -39,8 +39,8 @@ def task_folder(root: str, task: Task, prefixes: Sequence[str] = ("",)) -> str |
     filesystem, base = open_root(root)
     names = dict.fromkeys(name for name in (task.folder, task.name, *task.aliases) if name)
     candidates = [f"{base}/{prefix}{name}" for name in names for prefix in prefixes]
-    found = filesystem.get_file_info(candidates)
-    return next((info.path for info in found if info.type == FileType.Directory), None)
+    infos = filesystem.get_file_info(candidates)
+    return next((info.path for info in infos if info.type == FileType.Directory), None)
 
 
 def require_root(root: str | None, task: Task, layout: str, *, may_be_file: bool = False) -> str:
@@ -53,12 +53,12 @@ def require_root(root: str | None, task: Task, layout: str, *, may_be_file: bool
         raise SourceUnavailable(f"the images of {task.name} need a root: {layout}")
     filesystem, path = open_root(root)
     try:
-        found = filesystem.get_file_info(path).type
+        kind = filesystem.get_file_info(path).type
     except OSError as error:
         raise SourceUnavailable(f"the images of {task.name}: cannot look into {root}: {error}") from error
-    if found == FileType.NotFound:
+    if kind == FileType.NotFound:
         raise SourceUnavailable(f"the images of {task.name} are not at {root}: expected {layout}")
-    if found == FileType.File and not may_be_file:
+    if kind == FileType.File and not may_be_file:
         raise SourceUnavailable(f"the images of {task.name}: {root} is a file, expected {layout}")
     return root
 
@@ -68,9 +68,9 @@ def list_files(
 ) -> list[str]:
     """Paths of the files under a folder with one of the suffixes, '2' before '10'; hidden ones left out."""
     endings = tuple(suffixes)
-    found = filesystem.get_file_info(FileSelector(folder, recursive=recursive, allow_not_found=True))
+    infos = filesystem.get_file_info(FileSelector(folder, recursive=recursive, allow_not_found=True))
     paths = [
-        info.path for info in found if info.type == FileType.File and info.path.lower().endswith(endings)
+        info.path for info in infos if info.type == FileType.File and info.path.lower().endswith(endings)
     ]
     return sorted((path for path in paths if not _is_hidden(path[len(folder) :])), key=natural_order)
 
@@ -80,19 +80,19 @@ def shards(filesystem: FileSystem, folder: str, suffix: str, split_names: Sequen
 
     Other sub-folders are left alone: they may hold other tasks.
     """
-    own = [
+    folders = [
         name
         for name in list_folders(filesystem, folder)
         if name in _UNNAMED_FOLDERS or any(of_split([name], "", split) for split in split_names)
     ]
-    below = [path for name in own for path in list_files(filesystem, f"{folder}/{name}", [suffix])]
+    below = [path for name in folders for path in list_files(filesystem, f"{folder}/{name}", [suffix])]
     return list_files(filesystem, folder, [suffix], recursive=False) + below
 
 
 def list_folders(filesystem: FileSystem, folder: str) -> list[str]:
     """Names of the folders in a folder, '2' before '10'; hidden ones left out."""
-    found = filesystem.get_file_info(FileSelector(folder, allow_not_found=True))
-    names = [info.base_name for info in found if info.type == FileType.Directory]
+    infos = filesystem.get_file_info(FileSelector(folder, allow_not_found=True))
+    names = [info.base_name for info in infos if info.type == FileType.Directory]
     return sorted((name for name in names if not _is_hidden(f"/{name}")), key=natural_order)
 
 

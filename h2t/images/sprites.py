@@ -28,9 +28,9 @@ def random_latents(n_images: int, seed: int) -> np.ndarray:
     a shape does not always change its pixels (a square, or from 0 to 2 pi).
     """
     generator = np.random.default_rng(seed)
-    n_places = N_SHAPES * N_SCALES * N_POSITIONS * N_POSITIONS
-    places = generator.choice(n_places, n_images, replace=False)
-    shape, scale, x, y = np.unravel_index(places, (N_SHAPES, N_SCALES, N_POSITIONS, N_POSITIONS))
+    n_codes = N_SHAPES * N_SCALES * N_POSITIONS * N_POSITIONS
+    codes = generator.choice(n_codes, n_images, replace=False)
+    shape, scale, x, y = np.unravel_index(codes, (N_SHAPES, N_SCALES, N_POSITIONS, N_POSITIONS))
     return np.stack([shape, scale, generator.integers(N_ORIENTATIONS, size=n_images), x, y], axis=1)
 
 

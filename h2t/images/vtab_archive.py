@@ -150,10 +150,10 @@ def _present_files(filesystem: FileSystem, folder: str, paths: Sequence[str]) ->
     for directory in {posixpath.dirname(path) for path in paths}:
         selector = FileSelector(posixpath.join(folder, directory), allow_not_found=True)
         try:
-            found = filesystem.get_file_info(selector)
+            infos = filesystem.get_file_info(selector)
         except NotADirectoryError:
             continue
-        present |= {posixpath.join(directory, info.base_name) for info in found if info.type == FileType.File}
+        present |= {posixpath.join(directory, info.base_name) for info in infos if info.type == FileType.File}
     return present
 
 

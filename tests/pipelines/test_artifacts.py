@@ -18,6 +18,7 @@ from h2t.backbones.loading import load_backbone
 from h2t.methods import METHODS
 from pipelines import artifacts
 from pipelines.config import Config, Resources
+from pipelines.evaluate import result_product
 from pipelines.run import STAGES, run_stages
 from pipelines.run_directory import RunDirectory
 from pipelines.task_data import open_task
@@ -44,6 +45,7 @@ def keys(config: Config) -> dict[str, list[str]]:
         "heads": list(artifacts.heads(task, [point]).units),
         "finetuning": [artifacts.finetuning(task, point, 0, fold, point).file for fold in (0, None)],
         "predictions": [artifacts.predictions(task, "frozen", ["a head"]).key],
+        "results": list(result_product(task, ["a head"]).units),
         "manifests": list(artifacts.manifest(task).units),
     }
 
@@ -96,6 +98,17 @@ def test_another_image_under_the_same_name_changes_every_key(images: Path, tmp_p
     write_task(tmp_path, "first", seed=9)
     other = keys(small_config(tmp_path, ("first",)))
     assert all(set(other[kind]).isdisjoint(same[kind]) for kind in same)
+
+
+def test_other_test_images_change_predictions_and_results_alone(images: Path, tmp_path: Path) -> None:
+    before = keys(small_config(images))
+    shutil.copytree(images / "first", tmp_path / "first")
+    write_task(tmp_path / "other", "first", seed=9)
+    (tmp_path / "other" / "first" / "test.parquet").replace(tmp_path / "first" / "test.parquet")
+    after = keys(small_config(tmp_path, ("first",)))
+    train, test = after.pop("features")
+    assert [train == before["features"][0], test == before.pop("features")[1]] == [True, False]
+    assert {kind for kind in after if after[kind] != before[kind]} == {"predictions", "results"}
 
 
 def test_another_version_of_the_heads_keeps_the_features(

@@ -60,7 +60,7 @@ def test_a_point_that_diverged_on_a_fold_is_left_out_while_there_is_another() ->
 
 
 def test_the_best_of_others_keeps_the_first_named_on_a_tie() -> None:
-    (name,) = (name for name, method in METHODS.items() if method.best_of)
+    name = next(name for name, method in METHODS.items() if method.best_of)
     first, second = METHODS[name].best_of
     for accuracy, expected in ((0.5, first), (0.4, first), (0.6, second)):
         chosen = pd.DataFrame([

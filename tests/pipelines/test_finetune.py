@@ -31,6 +31,7 @@ from pipelines.task_data import TaskData, open_task
 from tests.pipelines.conftest import kill_workers, output, run_all, small_config
 
 pytestmark = pytest.mark.usefixtures("cluster")
+TRAINED = {name for name, method in METHODS.items() if method.trains_backbone and not method.best_of}
 SETTINGS = {"learning_rate": [0.1, 0.01], "steps": [4], "batch_size": 8, "checkpoint_every": 2}
 
 
@@ -80,7 +81,7 @@ def test_all_methods_have_results_in_the_same_columns(all_methods: RunDirectory)
     assert (finetuned["test_accuracy"] == finetuned["n_correct"] / finetuned["n_test"]).all()
     assert (finetuned["modelled_flops"] > 0).all()
     trials = rows_of(all_methods, "trials", "finetuned")
-    assert trials.groupby("method").size().to_dict() == {"scratch": 4, "finetune": 4, "head2toe_ft": 4}
+    assert trials.groupby("method").size().to_dict() == dict.fromkeys(TRAINED, 4)
     assert not list(Path(all_methods.uri, "checkpoints").rglob("*.safetensors"))
 
 
@@ -124,9 +125,8 @@ def test_head2toe_ft_plus_may_come_and_go(all_methods: RunDirectory, images: Pat
         assert run_finetune(config, all_methods) == 0
         return set(rows_of(all_methods, "results", "finetuned")["method"])
 
-    alone = {name for name, method in METHODS.items() if method.trains_backbone and not method.best_of}
-    assert run_with([name for name in METHODS if not METHODS[name].best_of]) == alone
-    assert run_with(list(METHODS)) == alone | {"head2toe_ft_plus"}
+    assert run_with([name for name in METHODS if not METHODS[name].best_of]) == TRAINED
+    assert run_with(list(METHODS)) == TRAINED | {name for name in METHODS if METHODS[name].best_of}
 
 
 def test_a_lost_file_is_trained_again_to_the_same_rows(
