@@ -106,7 +106,7 @@ class Adapter:
     ) -> None:
         if isinstance(head, Head):
             _check_layout(backbone, head, cls_token)
-        n_classes = head.weight.shape[1] if isinstance(head, Head) else head.head.out_features
+        n_classes = len(head.bias if isinstance(head, Head) else head.head.bias)
         self.backbone, self.head, self.cls_token = backbone, head, cls_token
         self.preprocessing = preprocessing or preprocessing_for(backbone)
         self.classes = np.arange(n_classes) if classes is None else np.asarray(classes)
@@ -129,13 +129,11 @@ class Adapter:
 
     @classmethod
     def _of_model(cls, data: bytes, described: dict[str, Any], device: str) -> "Adapter":
-        section, options = (
-            _backbone_section(described["content"]),
-            FinetuneOptions(precision=described["precision"]),
-        )
-        # Weights, which are trained in float32, are in the file.
+        section = _backbone_section(described["content"])
+        # The weights are in the file, and float32 whatever the training computed in.
         backbone = _backbone(section | {"weights": "random", "sha256": None, "precision": "float32"}, device)
         settings = _settings(backbone, section, described["content"])
+        options = FinetuneOptions(precision=described["precision"])
         model, _ = load_model(data, backbone, options, settings["cls_token"])
         return cls(backbone, model, **settings)
 
@@ -210,21 +208,18 @@ def _head(data: bytes) -> tuple[Head, dict[str, Any]]:
         tensors["bias"],
         content["train_loss"],
     )
-    if problem := _inconsistency(head):
-        raise ValueError(problem)
+    _check_consistency(head)
     return head, content
 
 
-def _inconsistency(head: Head) -> str:
-    """The contradiction in a head; nothing if there is none."""
+def _check_consistency(head: Head) -> None:
     kept, weight, bias = head.kept, head.weight, head.bias
     if kept.ndim != 1 or weight.ndim != 2 or len(kept) != len(weight) or bias.shape != weight.shape[1:]:
-        return f"kept {kept.shape}, weight {weight.shape} and bias {bias.shape} do not match"
+        raise ValueError(f"kept {kept.shape}, weight {weight.shape} and bias {bias.shape} do not match")
     if len(kept) and (kept[0] < 0 or kept[-1] >= head.layout.n_features or (np.diff(kept) <= 0).any()):
-        return f"kept features are not ascending indices below {head.layout.n_features}"
+        raise ValueError(f"kept features are not ascending indices below {head.layout.n_features}")
     if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-        return "weights are not finite"
-    return ""
+        raise ValueError("weights are not finite")
 
 
 def _backbone_section(content: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap_reader import TapReader, feature_layout
-from pipelines.feature_files import write_features
+from pipelines.feature_files import FeatureTable, write_features
 from pipelines.run_directory import RunDirectory
 
 # backbone, image size in pixels, images in a batch, target sizes, the largest overhead that was asked for
@@ -51,11 +51,14 @@ def pooled(backbone: Backbone, targets: tuple[int, ...], images: torch.Tensor) -
 
 def written(backbone: Backbone, targets: tuple[int, ...], images: torch.Tensor, folder: str) -> Times:
     rows = np.zeros(len(images) * BATCHES, np.int32)
-    layouts = {size: feature_layout(backbone, size) for size in targets}
-    names = {size: f"{size}.parquet" for size in targets}
+    keys = (backbone.name, "benchmark", "train")
+    tables = {
+        f"{size}.parquet": FeatureTable(*keys, size, feature_layout(backbone, size), backbone.embedding)
+        for size in targets
+    }
     with TapReader(backbone, targets) as reader:
         batches = (reader(images) for _ in range(BATCHES))
-        return seconds(lambda: write_features(RunDirectory(folder), names, layouts, rows, rows, batches))
+        return seconds(lambda: write_features(RunDirectory(folder), tables, rows, rows, batches))
 
 
 def measure(

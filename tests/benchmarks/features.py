@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from h2t.features import FeatureLayout
-from pipelines.feature_files import KEYS, read_features, write_features
+from pipelines.feature_files import KEYS, FeatureTable, read_features, write_features
 from pipelines.run_directory import RunDirectory
 
 ENCODINGS = {
@@ -53,7 +53,7 @@ def encode(
     table: pa.Table, compression: str, compression_level: int | None = None, split: bool = False
 ) -> bytes:
     """A table as Parquet in memory."""
-    columns = [f"{name}.list.element" for name in table.column_names[2:]] if split else False
+    columns = [f"{name}.list.element" for name in table.column_names[len(KEYS) :]] if split else False
     sink = io.BytesIO()
     pq.write_table(
         table,
@@ -78,7 +78,7 @@ def with_nulls_allowed(table: pa.Table) -> pa.Table:
         pa.field(field.name, pa.list_(pa.float32(), field.type.list_size))
         for field in list(table.schema)[len(KEYS) :]
     ]
-    return table.cast(pa.schema([*(pa.field(name, pa.int32()) for name in KEYS), *taps]))
+    return table.cast(pa.schema([*(pa.field(name, kind) for name, kind in KEYS.items()), *taps]))
 
 
 def encodings(declared: pa.Table, raw: int) -> Table:
@@ -100,23 +100,17 @@ def encodings(declared: pa.Table, raw: int) -> Table:
 def reading(run: RunDirectory, names: list[str], title: str, rounds: int = 5) -> Table:
     """Reading a matrix against plain pyarrow, each in a process of its own, as a trial reads it."""
     matrix = read_features(run, names)
-    taps, widths = matrix.layout.taps, matrix.layout.widths
-    some = [taps[0], taps[len(taps) // 2], taps[-1]]
-    share = sum(widths[taps.index(tap)] for tap in some) / sum(widths)
     raw = matrix.values.nbytes
     size = sum(len(run.read(name)) for name in names)
     del matrix
-    ways = ("plain", "all", "some")
-    seen = [[timed_alone(way, run.uri, names, some) for way in ways] for _ in range(rounds)]
-    plain, whole, part = (median(times) for times in zip(*seen, strict=True))
-    ratio = median(each[0] / each[1] for each in seen)
+    seen = [[timed_alone(way, run.uri, names) for way in ("plain", "matrix")] for _ in range(rounds)]
+    plain, to_matrix = (median(times) for times in zip(*seen, strict=True))
+    ratio = median(first / second for first, second in seen)
     shown = Table(title, "seconds", "of plain pyarrow's speed")
     shown.add_row(
         f"plain pyarrow, {raw / 1e6:.0f} MB raw, {size / raw:.2f} of it on disk", f"{plain:.2f}", "1"
     )
-    shown.add_row("matrix, all taps", f"{whole:.2f}", f"{ratio:.2f}")
-    note = f"{part / whole:.3f} of the time, {share:.3f} of the features"
-    shown.add_row(f"matrix, 3 of {len(taps)} taps", f"{part:.3f}", note)
+    shown.add_row("to one matrix", f"{to_matrix:.2f}", f"{ratio:.2f}")
     return shown
 
 
@@ -127,14 +121,10 @@ def timed_alone(*arguments: object) -> float:
     return float(done.stdout)
 
 
-def timed(way: str, uri: str, names: list[str], some: list[str]) -> None:
-    """Print the seconds that reading takes: plainly, to a matrix, or to one of some taps."""
+def timed(way: str, uri: str, names: list[str]) -> None:
+    """Print the seconds that reading takes: plainly, or to a matrix."""
     run, started = RunDirectory(uri), time.perf_counter()
-    read = (
-        run.read_table(names)
-        if way == "plain"
-        else read_features(run, names, some if way == "some" else None)
-    )
+    read = run.read_table(names) if way == "plain" else read_features(run, names)
     print(time.perf_counter() - started, flush=True)
     del read
 
@@ -153,7 +143,8 @@ def write_large(
         )
         rows = np.arange(start, start + shard)
         names.append(f"part-{start}.parquet")
-        write_features(run, {512: names[-1]}, {512: layout}, rows, rows % 10, batches)
+        table = FeatureTable("backbone", "task", "train", 512, layout, "tap51")
+        write_features(run, {names[-1]: table}, rows, rows % 10, batches)
     return names
 
 
@@ -168,10 +159,8 @@ def main() -> None:
     parser.add_argument("--large", action="store_true")
     options = parser.parse_args()
     run, console = RunDirectory(options.run_directory), Console()
-    ending = f"task={options.task}/split=train/target_size={options.target_size}/"
-    names = [
-        name for name in run.names("features", recursive=True) if ending in name and name.endswith("parquet")
-    ]
+    folder = f"/target-size-{options.target_size}/{options.task}/train/"
+    names = [name for name in run.names("features", recursive=True) if folder in name]
     table = run.read_table(names)
     raw = sum(table[name].nbytes for name in table.column_names)
     console.print(encodings(table, raw))

@@ -10,55 +10,49 @@ that each actor has finished to the last (what a long run sees).
 import argparse
 import tempfile
 import time
+from functools import partial
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from h2t.backbones.tap_reader import feature_layout
 from h2t.images.preprocessing import prepare
-from pipelines.backbone_actor import FeatureReader, load, preprocessing_of
 from pipelines.cli import shipped_recipes
-from pipelines.cluster import connect
-from pipelines.extract import FeatureWriter, missing_shards
-from pipelines.feature_files import write_features
+from pipelines.extract import FeatureWriter, feature_products
+from pipelines.products import Shard, shards
 from pipelines.recipe import load_config
 from pipelines.run_directory import RunDirectory
-from pipelines.shard_stream import ShardActor, stream_shards
-from pipelines.task_data import TaskData, open_tasks
+from pipelines.session import Session
+from pipelines.shard_stream import stream_shards
 
 
-def plain_loop(works: list[TaskData], run: RunDirectory, threads: int) -> float:
+def plain_loop(session: Session, threads: int) -> float:
     """Images per second of one process that does everything itself; the model is loaded beforehand."""
-    config = works[0].config
-    reader = FeatureReader(config, config.grid.target_size)
+    write = FeatureWriter(session.run, session.config)
     torch.set_num_threads(threads)
-    layouts = {size: feature_layout(reader.backbone, size) for size in config.grid.target_size}
     started, count = time.perf_counter(), 0
-    for work in works:
-        for shard in work.shards("train"):
-            images = [prepare(image, reader.preprocessing) for image in work.read("train", shard.indices)]
-            names = {size: work.feature_file(shard, size) for size in layouts}
-            labels = work.labels["train"][list(shard.indices)]
-            write_features(run, names, layouts, np.array(shard.indices), labels, reader.read(images))
-            count += len(images)
+    for shard in missing_shards(session):
+        task = session.tasks[shard.task]
+        read = task.read(shard.split, shard.indices)
+        images = [prepare(image, write.reader.preprocessing) for image in read]
+        write(task, shard, images, np.array(shard.indices))
+        count += len(images)
     return count / (time.perf_counter() - started)
 
 
-def through_ray(works: list[TaskData], run: RunDirectory, actors: int) -> tuple[float, float]:
+def missing_shards(session: Session) -> list[Shard]:
+    """All shards of training images: nothing is there yet."""
+    gaps = [gap for product in feature_products(session) for gap in product.missing(session.run, [])]
+    return shards(gaps, session.config.resources.shard_size)
+
+
+def through_ray(session: Session, actors: int) -> tuple[float, float]:
     """Images per second through Ray Data: with and without the start of the actors."""
-    config = works[0].config
-    cluster = connect()
-    preprocessing = preprocessing_of(config.backbone, load(config.backbone))
-    arguments = {
-        "run": run,
-        "step": FeatureWriter,
-        "arguments": {"run": run, "config": config},
-    }
+    _ = session.cluster
     started, finished, counts = time.perf_counter(), [], []
-    shards = missing_shards(config, works, run)
-    for row in stream_shards(shards, works, preprocessing, ShardActor, arguments, config, cluster):
+    make_step = partial(FeatureWriter, session.run, session.config)
+    for row in stream_shards(session, missing_shards(session), make_step):
         finished.append(time.perf_counter())
         counts.append(row["n_images"])
     steady = sum(counts[actors:]) / (finished[-1] - finished[actors - 1])
@@ -76,11 +70,15 @@ def main() -> None:
     parser.add_argument("--actors", type=int, default=2)
     options = parser.parse_args()
     overrides = [f"tasks={options.tasks}", f"resources.actors={options.actors}", "resources.shard_size=125"]
-    works = open_tasks(load_config(shipped_recipes()["demo"], overrides))
+    config = load_config(shipped_recipes()["demo"], overrides)
     with tempfile.TemporaryDirectory() as scratch:
-        before = plain_loop(works, RunDirectory(f"{scratch}/plain"), options.actors)
-        with_start, steady = through_ray(works, RunDirectory(f"{scratch}/ray"), options.actors)
-        after = plain_loop(works, RunDirectory(f"{scratch}/plain-again"), options.actors)
+        sessions = [
+            Session(config, RunDirectory(f"{scratch}/{name}"), Console(quiet=True))
+            for name in ("plain", "ray", "plain-again")
+        ]
+        before = plain_loop(sessions[0], options.actors)
+        with_start, steady = through_ray(sessions[1], options.actors)
+        after = plain_loop(sessions[2], options.actors)
     plain = (before + after) / 2
     table = Table("extraction", "images/s", "of the plain loop")
     table.add_row(

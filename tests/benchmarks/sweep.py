@@ -24,13 +24,14 @@ from tabulate import tabulate
 
 from h2t.features import FeatureLayout
 from h2t.heads.spec import Precision
-from pipelines.cluster import Cluster, connect
+from pipelines import artifacts, sweep
 from pipelines.config import Config
-from pipelines.feature_files import write_features
+from pipelines.feature_files import FeatureTable, write_features
 from pipelines.recipe import parse_config
+from pipelines.run import run_step
 from pipelines.run_directory import RunDirectory
-from pipelines.sweep import sweep
-from pipelines.task_data import TaskData, open_tasks
+from pipelines.session import Session
+from pipelines.task_data import TaskData
 from tests.benchmarks.heads import (
     COEFFICIENTS,
     FRACTIONS,
@@ -41,14 +42,14 @@ from tests.benchmarks.heads import (
     RATES,
     SCORING_COEFFICIENTS,
     STEPS,
+    paper_grid,
     plain_sweep_seconds,
-    sweep_settings,
 )
 
 N_IMAGES, TARGET_SIZE = 1000, 512
 
 
-def recipe(folder: Path, shorter: int, dtype: Precision) -> Config:
+def recipe(folder: Path, shorter: int, precision: Precision) -> Config:
     """A task of images without content: the sweep reads their labels and the feature files alone."""
     buffer = io.BytesIO()
     Image.new("L", (1, 1)).save(buffer, "png")
@@ -66,38 +67,39 @@ def recipe(folder: Path, shorter: int, dtype: Precision) -> Config:
         "keep_fraction": list(FRACTIONS),
     }
     backbone = {"name": "test_efficientnet", "weights": "random"}
-    data = {"name": "sweep", "backbone": backbone, "tasks": [task], "grid": grid, "head_dtype": dtype}
+    data = {"name": "sweep", "backbone": backbone, "tasks": [task], "grid": grid, "head_precision": precision}
     return parse_config({**data, "resources": {"concurrent_trials": 1}}, "sweep")
 
 
-def write_made_up_features(work: TaskData, run: RunDirectory) -> None:
+def write_made_up_features(task: TaskData, run: RunDirectory) -> None:
     """The feature files that the extraction would have left."""
     widths = [N_FEATURES // N_TAPS] * (N_TAPS - 1)
     names = (*(f"tap{number}" for number in range(N_TAPS - 1)), "pre_logits")
     layout = FeatureLayout(names, (*widths, N_FEATURES - sum(widths)))
     generator = torch.Generator().manual_seed(0)
-    for shard in work.shards("train"):
-        index = np.array(shard.indices)
-        taps = [torch.randn(len(index), width, generator=generator) for width in layout.widths]
-        names_of_files = {TARGET_SIZE: work.feature_file(shard, TARGET_SIZE)}
-        write_features(
-            run, names_of_files, {TARGET_SIZE: layout}, index, index % N_CLASSES, [{TARGET_SIZE: taps}]
-        )
+    index = np.arange(N_IMAGES)
+    taps = [torch.randn(N_IMAGES, width, generator=generator) for width in layout.widths]
+    name = artifacts.features(task, "train", TARGET_SIZE).name(0, N_IMAGES)
+    table = FeatureTable("test_efficientnet", task.name, "train", TARGET_SIZE, layout, "pre_logits")
+    write_features(run, {name: table}, index, index % N_CLASSES, [{TARGET_SIZE: taps}])
 
 
-def measure(cluster: Cluster, shorter: int, dtype: Precision, folder: Path) -> dict[str, str | float]:
+def measure(shorter: int, precision: Precision, folder: Path) -> dict[str, str | float]:
     """The wall time of the stage, what of it is training, and the plain loop's."""
-    config = recipe(folder, shorter, dtype)
-    works, run = open_tasks(config), RunDirectory(str(folder / "run"))
-    write_made_up_features(works[0], run)
+    config = recipe(folder, shorter, precision)
+    session = Session(config, RunDirectory(str(folder / "run")), Console(quiet=True))
+    (task,) = session.tasks.values()
+    write_made_up_features(task, session.run)
+    _ = session.cluster
     started = time.perf_counter()
-    sweep(config, works, run, cluster, Console(quiet=True))
+    for step in sweep.STEPS:
+        run_step(session, step)
     wall = time.perf_counter() - started
-    rows = run.read_frame(trial.file for trial in works[0].trials())
+    rows = artifacts.trials(task).read(session.run)
     training, n_folds = rows["seconds"].sum(), config.cross_validation.n_folds
-    plain = plain_sweep_seconds(sweep_settings(shorter)) * n_folds
+    plain = plain_sweep_seconds(paper_grid(shorter)) * n_folds
     return {
-        "products": dtype,
+        "products": precision,
         "settings x folds": len(rows),
         "sweep, s": wall,
         "plain loop, s": plain,
@@ -116,9 +118,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for dtype in PRECISIONS:
+    for precision in PRECISIONS:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(connect(), given.shorter, dtype, Path(folder)))
+            rows.append(measure(given.shorter, precision, Path(folder)))
     print(tabulate(rows, headers="keys", floatfmt=".3g"))
 
 

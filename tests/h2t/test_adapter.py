@@ -145,12 +145,6 @@ def test_a_missing_file_and_wrong_classes_are_the_users(tmp_path):
         saved(random_head(), ["a", "b"])
 
 
-def test_features_are_the_same_whatever_the_batch(backbone, images):
-    features = extract_features(backbone, images, TARGET)
-    np.testing.assert_allclose(extract_features(backbone, images, TARGET, batch_size=5), features, atol=1e-5)
-    assert features.shape == (24, feature_layout(backbone, TARGET).n_features)
-
-
 def test_adapter_predicts_what_the_head_does(backbone, images, head):
     labels, probabilities = Adapter(backbone, head).predict(images)
     expected = logits(head, extract_features(backbone, images, TARGET))
