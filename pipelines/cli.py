@@ -63,7 +63,7 @@ def _run(config: Config, run_dir: str | None, stages: list[str], address: str | 
     seconds = run_stages(config, uri, stages, console, address)
     if tables:
         before = time.monotonic()
-        report([run], RunDirectory(f"{run.uri}/report"), console)
+        report([run], run.subdirectory("report"), console)
         seconds["report"] = time.monotonic() - before
     total = time.monotonic() - started
     parts = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
@@ -119,7 +119,7 @@ def report_command(
     runs = [RunDirectory(uri) for uri in run_dirs]
     if destination is None and len(runs) > 1:
         raise UserError("the report of several runs needs a place of its own: give --destination FOLDER")
-    report(runs, RunDirectory(destination or f"{runs[0].uri}/report"), console)
+    report(runs, RunDirectory(destination) if destination else runs[0].subdirectory("report"), console)
 
 
 def _table(*columns: str) -> Table:

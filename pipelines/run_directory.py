@@ -50,6 +50,11 @@ class RunDirectory:
             object.__setattr__(self, "uri", _absolute(self.uri))
         open_filesystem(self.uri)
 
+    def subdirectory(self, name: str) -> "RunDirectory":
+        """A folder in this one; options of a URI (``?endpoint_override=…``) are kept."""
+        path, sign, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return RunDirectory(f"{path.rstrip('/')}/{name}{sign}{options}")
+
     def _locate(self, name: str) -> tuple[fs.FileSystem, str]:
         filesystem, root = open_filesystem(self.uri)
         return filesystem, f"{root.rstrip('/')}/{name}" if name else root

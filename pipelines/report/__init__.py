@@ -33,7 +33,7 @@ def report(runs: Sequence[RunDirectory], destination: RunDirectory, console: Con
     for name, content in files.items():  # the page last: it is whole when it appears
         destination.write(name, content)
     print_table(frames.finished, console)
-    console.print(f"{'report':<9} {len(files)} files; open {destination.uri}/index.html")
+    console.print(f"{'report':<9} {len(files)} files; open {destination.subdirectory('index.html').uri}")
     return list(files)
 
 

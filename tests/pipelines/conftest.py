@@ -43,7 +43,7 @@ def run_all(config: Config, run: RunDirectory, console: Console | None = None) -
     """All stages and the report, as ``h2t run`` has them."""
     console = console or Console(quiet=True)
     run_stages(config, run.uri, list(STAGES), console)
-    report([run], RunDirectory(f"{run.uri}/report"), console)
+    report([run], run.subdirectory("report"), console)
 
 
 def frame(run: RunDirectory, kind: str) -> pd.DataFrame:

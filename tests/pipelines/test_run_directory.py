@@ -96,6 +96,11 @@ def test_the_temporary_files_of_a_killed_writer_are_deleted(tmp_path: Path) -> N
     assert list((tmp_path / "t").iterdir()) == []
 
 
+def test_a_folder_in_it_is_a_run_directory_with_the_same_options(run: RunDirectory) -> None:
+    run.subdirectory("report").write("index.html", b"page")
+    assert run.read("report/index.html") == b"page"
+
+
 def test_an_address_that_is_none() -> None:
     with pytest.raises(UserError, match="expected a local path or a URI"):
         RunDirectory("ftpx://somewhere/run")
