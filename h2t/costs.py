@@ -1,4 +1,4 @@
-"""What adapting to one task costs, in floating-point operations and bytes: the model of Appendix B.
+"""Floating-point operations and bytes that adapting to one task takes: the model of Appendix B.
 
 Appendix B leaves its constants out. These reproduce every printed digit of Table 3:
 
@@ -29,7 +29,7 @@ BATCH_SIZE = 128
 
 @dataclass(frozen=True)
 class BackboneCost:
-    """What the model needs to know of a backbone.
+    """The figures of a backbone on which all costs rest.
 
     ``forward_flops``: of one image; ``parameters``: without the pretrained head; ``embedding_width``: the
     number of features that a head on the embedding reads.

@@ -1,4 +1,4 @@
-"""Where each tap's features lie in a feature matrix, and their unit norm (section 4 of the paper)."""
+"""The layout of taps in a feature matrix, and the unit norm of features (section 4 of the paper)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class FeatureLayout:
         return tuple(slice(int(a), int(b)) for a, b in zip(self.offsets, self.offsets[1:], strict=False))
 
     def tap_of(self, features: np.ndarray) -> np.ndarray:
-        """int64 [K], which tap each of the columns ``features`` int64 [K] belongs to."""
+        """int64 [K], the tap that each of the columns ``features`` int64 [K] belongs to."""
         return np.searchsorted(self.offsets, features, side="right") - 1
 
     def of_kept(self, kept: np.ndarray) -> "FeatureLayout":

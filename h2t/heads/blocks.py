@@ -57,7 +57,7 @@ class HeadGroup:
         return self.features.shape[-1]
 
     def first_weight(self, head: int, n_classes: int) -> Tensor:
-        """Where a head starts, float32 [n_features, n_classes]."""
+        """The weights that a head starts from, float32 [n_features, n_classes]."""
         if self.weight is not None:
             return self.weight[head]
         return torch.from_numpy(initial_weights(self.specs[head].seed, self.n_features, n_classes))
@@ -136,6 +136,6 @@ class Block:
 
 
 def split_spans(flat: Tensor, spans: Sequence[Span]) -> list[Tensor]:
-    """The part of each span, [n_class_rows, width], of what has a number for every weight of a block."""
+    """Views of each span's part, [n_class_rows, width], of a flat tensor with one number per weight."""
     parts = flat.split([span.size for span in spans])
     return [part.view(-1, span.stop - span.start) for part, span in zip(parts, spans, strict=True)]

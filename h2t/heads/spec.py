@@ -1,4 +1,4 @@
-"""How a linear head is trained, without the libraries that train it."""
+"""The specification of a linear head's training, without the libraries that train it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """How one head is trained: by Adam with a cosine decay to zero, with a regularizer on its weights.
+    """The training of one head: Adam with a cosine decay to zero and a regularizer on the weights.
 
     ``steps`` counts mini-batches. ``coefficient`` weighs the sum of absolute weights (``l1``), of squared
     weights (``l2``), of the norms of the features' rows (``l21``, Section 3.2) or of the norms of all weights
