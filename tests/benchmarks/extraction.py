@@ -31,11 +31,11 @@ BATCHES = 8
 Times = tuple[float, float]
 
 
-def seconds(work: Callable[[], object]) -> Times:
+def seconds(function: Callable[[], object]) -> Times:
     """Processor and wall time."""
     processor, wall = time.process_time(), time.perf_counter()
     with torch.inference_mode():
-        work()
+        function()
     return time.process_time() - processor, time.perf_counter() - wall
 
 
@@ -79,10 +79,10 @@ def measure(
         if bfloat16:
             rough = load_backbone(name, weights="random", image_size=size, precision="bfloat16")
             variants["pooled, bfloat16"] = lambda: pooled(rough, targets, images)
-        times = {variant: [work()] for variant, work in variants.items()}  # the first round warms up
+        times = {variant: [measured()] for variant, measured in variants.items()}  # the first round warms up
         for _ in range(rounds):
-            for variant, work in variants.items():
-                times[variant].append(work())
+            for variant, measured in variants.items():
+                times[variant].append(measured())
     rows, alone = [], times["backbone alone"][1:]
     for variant, values in times.items():
         processor, wall = (

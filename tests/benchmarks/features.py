@@ -3,7 +3,7 @@
     python -m tests.benchmarks.features RUN_DIRECTORY TASK TARGET_SIZE [--large]
 
 The first table encodes real features of a finished run in several ways. The second reads a matrix back and
-compares that with plain pyarrow reading the same files, all taps and three of them, by turns.
+compares that with plain pyarrow reading the same files, by turns.
 ``--large`` does that for 1000 x 467,688 as well (2 GB), values drawn like activations (half zeros).
 """
 

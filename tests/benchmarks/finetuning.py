@@ -35,7 +35,7 @@ def plain_step(name: str, size: int, images: list[np.ndarray], labels: np.ndarra
     return step
 
 
-def own_steps(name: str, size: int, images: list[np.ndarray], labels: np.ndarray) -> Callable[[], None]:
+def our_steps(name: str, size: int, images: list[np.ndarray], labels: np.ndarray) -> Callable[[], None]:
     """A training of ``STEPS`` steps, with making its optimizer and preparing the images."""
     backbone = load_backbone(name, weights="random", image_size=size)
     model = TrainableModel(
@@ -55,18 +55,18 @@ def main() -> None:
     print(f"{'backbone':<20} {'px':>4} {'plain img/s':>12} {'ours img/s':>12} {'ratio':>6}")
     for name, size in CASES:
         images = list(generator.integers(0, 256, (BATCH, size, size, 3), np.uint8))
-        own, plain = own_steps(name, size, images, labels), plain_step(name, size, images, labels)
-        seconds: dict[str, list[float]] = {"own": [], "plain": []}
+        ours, plain = our_steps(name, size, images, labels), plain_step(name, size, images, labels)
+        seconds: dict[str, list[float]] = {"ours": [], "plain": []}
         for number in range(ROUNDS + 1):
-            for key, steps in (("own", [own]), ("plain", [plain] * STEPS)):
+            for key, steps in (("ours", [ours]), ("plain", [plain] * STEPS)):
                 started = time.perf_counter()
                 for step in steps:
                     step()
                 if number:
                     seconds[key].append((time.perf_counter() - started) / STEPS)
         rates = {key: BATCH / statistics.median(values) for key, values in seconds.items()}
-        ratio = rates["own"] / rates["plain"]
-        print(f"{name:<20} {size:>4} {rates['plain']:>12.1f} {rates['own']:>12.1f} {ratio:>6.2f}")
+        ratio = rates["ours"] / rates["plain"]
+        print(f"{name:<20} {size:>4} {rates['plain']:>12.1f} {rates['ours']:>12.1f} {ratio:>6.2f}")
 
 
 if __name__ == "__main__":

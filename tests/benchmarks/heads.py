@@ -57,10 +57,10 @@ def grid(steps: int) -> list[HeadSpec]:
     ]
 
 
-def processor_time(work: Callable[[], object]) -> float:
+def processor_time(function: Callable[[], object]) -> float:
     """Seconds of processor time of one call."""
     started = time.process_time()
-    work()
+    function()
     return time.process_time() - started
 
 

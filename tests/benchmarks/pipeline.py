@@ -1,6 +1,6 @@
 """Extraction through Ray Data against a plain loop: same model, images and threads, in one run.
 
-    python -m tests.benchmarks.pipeline [--images 2000]
+    python -m tests.benchmarks.pipeline [--tasks mnist dsprites_loc] [--actors 2]
 
 The plain loop reads, decodes, runs the backbone, pools and writes the same files in one process with as many
 threads as Ray has actors. Ray's rate is given twice: with the start of its actors, and from the first shard
