@@ -1,4 +1,4 @@
-"""The content of a run directory: the name, the key and the columns of every file.
+"""The content of a run directory: the name and the key of every file; ``schemas.py`` has their columns.
 
 Files lie in ``<kind>/<backbone>/…/<task>/…`` and end in their key, a fingerprint of what is computed:
 versions of our semantics, what identifies backbone and images, hyperparameters, seeds. How the work is cut
@@ -28,58 +28,6 @@ FINETUNING_VERSION = 1  # likewise for trained backbones
 
 Kind = Literal["frozen", "finetuned"]
 """Whether the backbone stays as it is or is trained."""
-
-TEXT, INTEGER, NUMBER = pa.string(), pa.int64(), pa.float64()
-_TASK = [("backbone", TEXT), ("task", TEXT), ("group", TEXT)]
-_POINT = [
-    ("method", TEXT), ("target_size", INTEGER), ("learning_rate", NUMBER), ("steps", INTEGER),
-    ("coefficient", NUMBER), ("keep_fraction", NUMBER),
-]  # fmt: skip
-POINT = [name for name, _ in _POINT]
-"""The columns that are the fields of ``Hyperparameters``."""
-
-TRIALS = pa.schema([
-    *_TASK, *_POINT, ("fold", INTEGER), ("seed", INTEGER), ("status", TEXT), ("validation_accuracy", NUMBER),
-    ("validation_loss", NUMBER), ("n_validation", INTEGER), ("n_features", INTEGER), ("n_kept", INTEGER),
-    ("seconds", NUMBER), ("train_loss", NUMBER), ("diverged_at", INTEGER), ("fold_scheme", TEXT),
-    ("trial", TEXT),
-])  # fmt: skip
-"""One row per task, method, point of the search space and fold. Accuracies: fractions of 1; losses: nats."""
-
-CHOSEN = pa.schema([
-    *_TASK, *_POINT, ("validation_accuracy", NUMBER), ("validation_std", NUMBER), ("validation_loss", NUMBER),
-    ("n_folds", INTEGER), ("n_candidates", INTEGER), ("source", TEXT),
-])  # fmt: skip
-"""One row per task and method; ``source``: the method that one which is the best of others has chosen."""
-
-RESULTS = pa.schema([
-    *_TASK, ("method", TEXT), ("seed", INTEGER), ("status", TEXT), ("test_accuracy", NUMBER),
-    ("n_test", INTEGER), ("n_correct", INTEGER), ("n_train", INTEGER), ("n_classes", INTEGER),
-    ("n_features", INTEGER), ("n_kept", INTEGER), *_POINT[1:], ("validation_accuracy", NUMBER),
-    ("train_loss", NUMBER), ("diverged_at", INTEGER), ("train_seconds", NUMBER),
-    ("peak_memory_bytes", INTEGER), ("modelled_flops", NUMBER), ("modelled_storage_bytes", INTEGER),
-    ("image_source", TEXT), ("preprocessing", TEXT), ("fold_scheme", TEXT), ("weights", TEXT),
-    ("fingerprint", TEXT),
-])  # fmt: skip
-"""One row per task, method and seed; ``fingerprint``: the key of the features."""
-
-KEPT = pa.schema([
-    *_TASK, ("method", TEXT), ("seed", INTEGER), ("tap", TEXT), ("tap_index", INTEGER),
-    ("n_features", INTEGER), ("n_kept", INTEGER),
-])  # fmt: skip
-"""One row per task, method, seed and tap."""
-
-PREDICTIONS = pa.schema([
-    ("backbone", TEXT), ("task", TEXT), ("method", TEXT), ("seed", pa.int32()), ("index", pa.int32()),
-    ("label", pa.int32()), ("prediction", pa.int32()),
-])  # fmt: skip
-"""One row per test image, method and seed; the prediction is -1 where the training diverged."""
-
-BAD_ROWS = pa.schema([
-    ("backbone", TEXT), ("task", TEXT), ("split", TEXT), ("index", pa.int32()), ("path", TEXT),
-    ("reason", TEXT),
-])  # fmt: skip
-"""One row per image that was left out."""
 
 
 def write_rows(run: RunDirectory, name: str, schema: pa.Schema, rows: Iterable[Mapping[Any, Any]]) -> None:
@@ -151,14 +99,9 @@ def features(task: TaskData, split: Split, target_size: int) -> RowFiles:
 
 
 def bad_rows_file(task: TaskData, shard: Shard) -> str:
-    """The list of the bad rows of a shard, if it has some."""
-    key = shard.files[0][1].rpartition("-")[2]
-    return f"{_folder(task, 'bad_rows')}/{shard.split}-{shard.start:06d}-{shard.stop:06d}-{key}"
-
-
-def bad_rows(task: TaskData) -> str:
-    """The folder of the lists of bad rows."""
-    return _folder(task, "bad_rows")
+    """The list of the bad rows of a shard, if it has some: one, however many tables are made of the rows."""
+    key = features_key(task, shard.split)
+    return f"{_folder(task, 'bad_rows')}/{shard.split}-{shard.start:06d}-{shard.stop:06d}-{key}.parquet"
 
 
 def manifest(task: TaskData) -> Files:
@@ -176,21 +119,24 @@ def read_manifest(task: TaskData, run: RunDirectory) -> dict[str, Any]:
     return content
 
 
-def trials(task: TaskData) -> TrialFiles:
-    """The cross-validation of the methods on frozen features.
+def _frozen_points(config: Config) -> list[Hyperparameters]:
+    """The points of all methods on frozen features; those that share the scoring phase stand side by side."""
+    methods = [method for method in config.methods if not METHODS[method].trains_backbone]
+    points = [point for method in methods for point in config.search_space(method)]
+    return sorted(points, key=lambda p: (p.target_size, p.steps, p.learning_rate, p.coefficient))
 
-    Ordered by target size and fold; points that share the scoring phase stand side by side.
-    """
-    config, points = task.config, []
-    for method in config.methods:
-        if not METHODS[method].trains_backbone:
-            points += config.search_space(method)
-    points.sort(key=lambda p: (p.target_size, p.steps, p.learning_rate, p.coefficient))
-    context = fingerprint(heads_key(task, task.fold_split), _folds_key(task))
+
+def _trials_key(task: TaskData) -> str:
+    return fingerprint(heads_key(task, task.fold_split), _folds_key(task))
+
+
+def trials(task: TaskData) -> TrialFiles:
+    """The cross-validation of the methods on frozen features, ordered by target size and fold."""
+    points, context = _frozen_points(task.config), _trials_key(task)
     members = [
         Trial(task.name, fold, point, fingerprint(context, fold, _point_key(point)))
         for size in sorted({point.target_size for point in points})
-        for fold in range(config.cross_validation.n_folds)
+        for fold in range(task.config.cross_validation.n_folds)
         for point in points
         if point.target_size == size
     ]
@@ -205,8 +151,10 @@ def chosen(task: TaskData, kind: Kind, keys: Sequence[Any]) -> Files:
 
 def chosen_from_trials(task: TaskData) -> Files:
     """The hyperparameters of the methods on frozen features; nothing where there are none."""
-    keys = [trial.key for trial in trials(task).trials]
-    return chosen(task, "frozen", keys) if keys else Files(_folder(task, "chosen", task.name, "frozen"), {})
+    points = [_point_key(point) for point in _frozen_points(task.config)]
+    if not points:
+        return Files(_folder(task, "chosen", task.name, "frozen"), {})
+    return chosen(task, "frozen", [_trials_key(task), points])
 
 
 def head_file(task: TaskData, point: Hyperparameters, seed: int) -> str:

@@ -7,15 +7,15 @@ import pandas as pd
 from h2t.errors import UserError
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
-from pipelines.artifacts import POINT
 from pipelines.run_directory import RunDirectory
+from pipelines.schemas import POINT
 
 
 def choose(trials: pd.DataFrame) -> pd.DataFrame:
     """Choose the point with the highest mean validation accuracy for each (backbone, task, method).
 
-    ``trials``: columns as in ``artifacts.TRIALS``, folds of a point in any order. Ties go to the lower mean
-    validation loss, then to the point that comes first. Returns columns as in ``artifacts.CHOSEN``.
+    ``trials``: columns as in ``schemas.TRIALS``, folds of a point in any order. Ties go to the lower mean
+    validation loss, then to the point that comes first. Returns columns as in ``schemas.CHOSEN``.
     """
     keys = ["backbone", "task", "group"]
     done = trials[trials["status"] == "done"]

@@ -6,7 +6,7 @@ method and seed → predictions. Test features are never stored.
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 
@@ -17,8 +17,6 @@ import torch
 from h2t.adapter import load_head, save_head
 from h2t.head2toe import HeadBank
 from pipelines.artifacts import (
-    KEPT,
-    RESULTS,
     HeadToTrain,
     chosen_from_trials,
     features,
@@ -35,9 +33,10 @@ from pipelines.cluster import trial_resources
 from pipelines.config import Config
 from pipelines.feature_files import read_features
 from pipelines.head_training import fit_heads
-from pipelines.products import Files, Gap, RowFiles, Shard, shards
+from pipelines.products import Files, Gap, RowFiles, Shard, count_rows, shards
 from pipelines.results import kept_rows, outcome_of_head, prediction_table, result_rows
 from pipelines.run_directory import RunDirectory
+from pipelines.schemas import KEPT, RESULTS
 from pipelines.session import Advance, Session, Step
 from pipelines.shard_stream import FeatureReader, process_shards
 from pipelines.task_data import TaskData
@@ -115,16 +114,12 @@ def prediction_products(session: Session) -> list[RowFiles]:
 
 def make_predictions(session: Session, gaps: Sequence[Gap], advance: Advance) -> None:
     """Stream the test images whose predictions are missing through all heads."""
-    files = {name: list(product.units) for name, product in final_heads(session).items()}
-    points = {job.point for product in final_heads(session).values() for job in product.units.values()}
-    sizes = sorted({point.target_size for point in points})
+    products = final_heads(session)
+    files = {name: list(product.units) for name, product in products.items()}
+    jobs = [job for product in products.values() for job in product.units.values()]
+    sizes = sorted({job.point.target_size for job in jobs})
     missing = shards(gaps, session.config.resources.shard_size)
     process_shards(session, missing, partial(Predictor, session.run, files, sizes, session.config), advance)
-
-
-def count_images(gaps: Sequence[Gap]) -> int:
-    """Test images that go through the backbone."""
-    return sum(gap.stop - gap.start for gap in gaps)
 
 
 class Predictor:
@@ -158,41 +153,40 @@ def result_product(task: TaskData, files: Sequence[str]) -> Files:
     return results(task, "frozen", keys)
 
 
+def result_products(session: Session) -> list[Files]:
+    """The result rows and the kept features per tap of every task."""
+    return [
+        product
+        for name, members in final_heads(session).items()
+        for product in (
+            result_product(session.tasks[name], list(members.units)), kept(session.tasks[name], members.units)
+        )
+    ]  # fmt: skip
+
+
 def make_results(session: Session, tasks: Sequence[str], advance: Advance) -> None:
-    """Write the rows of tasks from their heads and predictions."""
+    """Write the rows of tasks from their heads and predictions, where they are missing."""
     run, heads_of = session.run, final_heads(session)
-    for name in tasks:
+    for name in dict.fromkeys(tasks):  # one may lack both
         task, files = session.tasks[name], list(heads_of[name].units)
         (choices,), manifest = chosen_from_trials(task).units, read_manifest(task, run)
         weights = manifest["backbone"]["loaded"]
-        outcomes = [outcome_of_head(run, file, weights, session.config.batch_size) for file in files]
-        predicted = run.read_frame(predictions(task, "frozen", files).names(run))
-        rows = result_rows(task, outcomes, predicted, run.read_frame([choices]), manifest)
-        (rows_file,) = result_product(task, files).units
-        write_rows(run, rows_file, RESULTS, rows)
-
-
-def make_kept(session: Session, tasks: Sequence[str], advance: Advance) -> None:
-    """Write how many features of each tap the heads of tasks keep."""
-    heads_of = final_heads(session)
-    for name in tasks:
-        task, files = session.tasks[name], list(heads_of[name].units)
-        trained = [load_head(session.run.read(file))[0] for file in files]
-        (kept_file,) = kept(task, files).units
-        rows = [row for head in trained for row in kept_rows(task, head)]
-        write_rows(session.run, kept_file, KEPT, rows)
-
-
-def of_heads(session: Session, product: Callable[[TaskData, Sequence[str]], Files]) -> list[Files]:
-    """A product of every task that follows from the files of its heads."""
-    return [
-        product(session.tasks[name], list(members.units)) for name, members in final_heads(session).items()
-    ]
+        outcomes, counts = [], []
+        for file in files:  # one at a time: a head on all features can have gigabytes
+            head, provenance = load_head(run.read(file))
+            outcomes.append(outcome_of_head(head, provenance, weights, session.config.batch_size))
+            counts += kept_rows(task, head)
+        (rows_file,), (kept_file,) = result_product(task, files).units, kept(task, files).units
+        if not run.exists(kept_file):
+            write_rows(run, kept_file, KEPT, counts)
+        if not run.exists(rows_file):
+            predicted = run.read_frame(predictions(task, "frozen", files).names(run))
+            rows = result_rows(task, outcomes, predicted, run.read_frame([choices]), manifest)
+            write_rows(run, rows_file, RESULTS, rows)
 
 
 STEPS = (
     Step("heads", "heads", lambda session: list(final_heads(session).values()), train_heads),
-    Step("evaluate", "predictions", prediction_products, make_predictions, count_images),
-    Step("results", "results", partial(of_heads, product=result_product), make_results, brief=True),
-    Step("kept", "tables", partial(of_heads, product=kept), make_kept, brief=True),
+    Step("evaluate", "predictions", prediction_products, make_predictions, count_rows),
+    Step("results", "results", result_products, make_results, brief=True),
 )

@@ -12,7 +12,7 @@ from h2t.costs import measure_backbone
 from pipelines.artifacts import backbone_folder, features, features_key, manifest
 from pipelines.config import Config
 from pipelines.feature_files import FeatureTable, write_features
-from pipelines.products import Gap, RowFiles, Shard, shards
+from pipelines.products import Gap, RowFiles, Shard, count_rows, shards
 from pipelines.run_directory import RunDirectory
 from pipelines.run_record import package_versions
 from pipelines.session import Advance, Session, Step
@@ -34,11 +34,6 @@ def make_features(session: Session, gaps: Sequence[Gap], advance: Advance) -> No
     """Write the rows that are missing; one forward pass serves all target sizes."""
     missing = shards(gaps, session.config.resources.shard_size)
     process_shards(session, missing, partial(FeatureWriter, session.run, session.config), advance)
-
-
-def count_images(gaps: Sequence[Gap]) -> int:
-    """Images that go through the backbone, whatever the number of tables that lack them."""
-    return sum(len(shard.indices) for shard in shards(gaps, 1 << 30))
 
 
 class FeatureWriter:
@@ -103,7 +98,7 @@ def make_manifests(session: Session, tasks: Sequence[str], advance: Advance) -> 
 
 
 STEPS = (
-    Step("extract", "images", feature_products, make_features, count_images),
+    Step("extract", "images", feature_products, make_features, count_rows),
     Step("manifests", "manifests", lambda session: [manifest(task) for task in session.tasks.values()],
          make_manifests, brief=True),
 )  # fmt: skip

@@ -6,10 +6,10 @@ method may build on the features that a head keeps, or be the best of a frozen a
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from ray import train as ray_train
@@ -20,21 +20,23 @@ from h2t.finetuning import model_content
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
 from pipelines import artifacts
-from pipelines.artifacts import CHOSEN, RESULTS, Finetuning, task_columns, write_rows
+from pipelines.artifacts import Finetuning, task_columns, write_rows
 from pipelines.choice import best_of, choose, read_chosen, without_diverged
 from pipelines.cluster import Cluster, concurrent_trials, trial_resources
 from pipelines.config import Config
 from pipelines.finetune_predict import FinetunedPredictor
 from pipelines.finetune_trial import run_training
 from pipelines.jobs import Job, run_jobs
-from pipelines.products import Files, Gap, RowFiles, shards
+from pipelines.products import Files, Gap, RowFiles, count_rows, shards
 from pipelines.results import Outcome, result_rows
 from pipelines.run_directory import RunDirectory
+from pipelines.schemas import CHOSEN, RESULTS
 from pipelines.session import Advance, Session, Step
 from pipelines.shard_stream import process_shards
 from pipelines.task_data import TaskData
 from pipelines.worker_errors import raise_user_error
 
+P = TypeVar("P", Files, RowFiles)
 WAITING_CPUS = 0.1  # logical CPUs of a trial that waits for its workers; Tune refuses none
 
 
@@ -46,6 +48,13 @@ def trained_methods(config: Config) -> list[str]:
 def best_methods(config: Config) -> list[str]:
     """The methods of a recipe that are the best of others."""
     return [name for name in config.methods if METHODS[name].best_of]
+
+
+def per_task(session: Session, product: Callable[[TaskData, RunDirectory], P]) -> list[P]:
+    """A product of every task, where the recipe has methods that train the backbone."""
+    if not trained_methods(session.config):
+        return []
+    return [product(task, session.run) for task in session.tasks.values()]
 
 
 def search_space(task: TaskData, method: str, run: RunDirectory) -> list[tuple[Hyperparameters, Any]]:
@@ -77,19 +86,14 @@ def cross_validation(task: TaskData, run: RunDirectory) -> list[Finetuning]:
     ]
 
 
-def trial_products(session: Session) -> list[Files]:
+def trial_product(task: TaskData, run: RunDirectory) -> Files:
     """The cross-validation of every method; needs the features and, of a base, the final heads."""
-    if not trained_methods(session.config):
-        return []
-    products = []
-    for task in session.tasks.values():
-        artifacts.read_manifest(task, session.run)  # result rows need it: better missed now than after all
-        for method in trained_methods(session.config):
-            for _, base in search_space(task, method, session.run):
-                for seed in session.config.seeds if base else []:
-                    artifacts.required(session.run, artifacts.head_file(task, base, seed), "evaluate")
-        products.append(artifacts.finetunings(task, "trials", cross_validation(task, session.run)))
-    return products
+    artifacts.read_manifest(task, run)  # result rows need it: better missed now than after all the training
+    for method in trained_methods(task.config):
+        _, base = search_space(task, method, run)[0]
+        for seed in task.config.seeds if base else []:
+            artifacts.required(run, artifacts.head_file(task, base, seed), "evaluate")
+    return artifacts.finetunings(task, "trials", cross_validation(task, run))
 
 
 def choice_product(task: TaskData, run: RunDirectory) -> Files:
@@ -101,12 +105,6 @@ def choice_product(task: TaskData, run: RunDirectory) -> Files:
         best_methods(config), list(artifacts.chosen_from_trials(task).units),
     ]  # fmt: skip
     return artifacts.chosen(task, "finetuned", keys)
-
-
-def choice_products(session: Session) -> list[Files]:
-    """The chosen points of every task."""
-    tasks = session.tasks.values() if trained_methods(session.config) else []
-    return [choice_product(task, session.run) for task in tasks]
 
 
 def make_choices(session: Session, tasks: Sequence[str], advance: Advance) -> None:
@@ -135,8 +133,6 @@ def make_choices(session: Session, tasks: Sequence[str], advance: Advance) -> No
 def final_trainings(task: TaskData, run: RunDirectory) -> list[Finetuning]:
     """The trainings of the chosen points on all training images, one per seed."""
     methods = trained_methods(task.config)
-    if not methods:
-        return []
     bases = {method: search_space(task, method, run)[0][1] for method in methods}
     (choices,) = choice_product(task, run).units
     return [
@@ -146,14 +142,9 @@ def final_trainings(task: TaskData, run: RunDirectory) -> list[Finetuning]:
     ]
 
 
-def model_products(session: Session) -> list[Files]:
-    """The adapted models of every task."""
-    if not trained_methods(session.config):
-        return []
-    return [
-        artifacts.finetunings(task, "heads", final_trainings(task, session.run))
-        for task in session.tasks.values()
-    ]
+def model_product(task: TaskData, run: RunDirectory) -> Files:
+    """The adapted models of a task."""
+    return artifacts.finetunings(task, "heads", final_trainings(task, run))
 
 
 def run_trainings(stage: str, session: Session, missing: Sequence[Finetuning], advance: Advance) -> None:
@@ -215,7 +206,7 @@ def run_job(work: tuple[Finetuning, list[str], str], shared: dict[str, Any]) -> 
         workers = task.config.finetune.workers_per_trial
         train() if workers == 1 else run_on_workers(train, workers, resources)
     if member.fold is None:
-        content = model_content(run.read(member.file))
+        content = model_content(run.read_header(member.file))
         yield {"train_loss": content["train_loss"]}
     else:
         (row,) = run.read_frame([member.file]).to_dict("records")
@@ -248,15 +239,9 @@ def run_on_workers(train: partial[None], workers: int, resources: dict[str, floa
             raise
 
 
-def prediction_products(session: Session) -> list[RowFiles]:
+def prediction_product(task: TaskData, run: RunDirectory) -> RowFiles:
     """The predictions of all adapted models of a task for its test images."""
-    tasks = session.tasks.values() if trained_methods(session.config) else []
-    return [
-        artifacts.predictions(
-            task, "finetuned", [member.file for member in final_trainings(task, session.run)]
-        )
-        for task in tasks
-    ]
+    return artifacts.predictions(task, "finetuned", [member.file for member in final_trainings(task, run)])
 
 
 def make_predictions(session: Session, gaps: Sequence[Gap], advance: Advance) -> None:
@@ -268,16 +253,9 @@ def make_predictions(session: Session, gaps: Sequence[Gap], advance: Advance) ->
 
 def result_product(task: TaskData, run: RunDirectory) -> Files:
     """The result rows of a task; the best of others may copy rows of frozen heads, which have own seeds."""
-    models = [member.file for member in final_trainings(task, run)]
-    predicted = artifacts.predictions(task, "finetuned", models).key
-    keys = [predicted, list(choice_product(task, run).units), task.config.seeds]
+    choices = list(choice_product(task, run).units)
+    keys = [prediction_product(task, run).key, choices, task.config.seeds]
     return artifacts.results(task, "finetuned", keys)
-
-
-def result_products(session: Session) -> list[Files]:
-    """The result rows of every task."""
-    tasks = session.tasks.values() if trained_methods(session.config) else []
-    return [result_product(task, session.run) for task in tasks]
 
 
 def make_results(session: Session, tasks: Sequence[str], advance: Advance) -> None:
@@ -285,7 +263,7 @@ def make_results(session: Session, tasks: Sequence[str], advance: Advance) -> No
     run, config = session.run, session.config
     for task in map(session.tasks.__getitem__, tasks):
         members = final_trainings(task, run)
-        predicted = artifacts.predictions(task, "finetuned", [member.file for member in members]).names(run)
+        predicted = prediction_product(task, run).names(run)
         chosen = run.read_frame(choice_product(task, run).units)
         rows = result_rows(
             task,
@@ -309,7 +287,7 @@ def make_results(session: Session, tasks: Sequence[str], advance: Advance) -> No
 
 def outcome_of_model(run: RunDirectory, member: Finetuning, config: Config) -> Outcome:
     """The outcome of a training from the file of its model."""
-    content = model_content(run.read(member.file))
+    content = model_content(run.read_header(member.file))
     carried = ("n_features", "n_kept", "seconds", "peak_memory_bytes", "weights", "train_loss", "status",
                "diverged_at")  # fmt: skip
     return Outcome(
@@ -322,10 +300,12 @@ def outcome_of_model(run: RunDirectory, member: Finetuning, config: Config) -> O
 
 
 STEPS = (
-    Step("finetune", "trials", trial_products, partial(run_trainings, "finetune-trials")),
-    Step("choice", "choices", choice_products, make_choices, brief=True),
-    Step("finetune", "models", model_products, partial(run_trainings, "finetune-models")),
-    Step("finetune", "predictions", prediction_products, make_predictions,
-         lambda gaps: sum(gap.stop - gap.start for gap in gaps)),
-    Step("results", "results", result_products, make_results, brief=True),
+    Step("finetune", "trials", partial(per_task, product=trial_product),
+         partial(run_trainings, "finetune-trials")),
+    Step("choice", "choices", partial(per_task, product=choice_product), make_choices, brief=True),
+    Step("finetune", "models", partial(per_task, product=model_product),
+         partial(run_trainings, "finetune-models")),
+    Step("finetune", "predictions", partial(per_task, product=prediction_product), make_predictions,
+         count_rows),
+    Step("results", "results", partial(per_task, product=result_product), make_results, brief=True),
 )  # fmt: skip

@@ -33,11 +33,12 @@ from h2t.images.preprocessing import Preprocessing, prepare
 from h2t.images.source import BadImage
 from h2t.methods import METHODS
 from h2t.metrics import accuracy, cross_entropy
-from pipelines.artifacts import TRIALS, Finetuning, task_columns, write_rows
+from pipelines.artifacts import Finetuning, task_columns, write_rows
 from pipelines.config import Config
 from pipelines.feature_files import read_features
 from pipelines.head_training import fit_heads
 from pipelines.run_directory import RunDirectory
+from pipelines.schemas import TRIALS
 from pipelines.shard_stream import preprocessing_of
 from pipelines.task_data import Split, TaskData
 

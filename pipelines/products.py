@@ -6,7 +6,6 @@ with what is there. Trials lie in files of any composition, and each row says wh
 """
 
 import json
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,7 +34,8 @@ class Files:
 
     def missing(self, run: RunDirectory, present: Sequence[str]) -> list[Any]:
         """Units of the files that are not there, each once."""
-        return list(dict.fromkeys(unit for name, unit in self.units.items() if name not in set(present)))
+        known = set(present)
+        return list(dict.fromkeys(unit for name, unit in self.units.items() if name not in known))
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,11 @@ def shards(gaps: Sequence[Gap], size: int) -> list[Shard]:
     return result
 
 
+def count_rows(gaps: Sequence[Gap]) -> int:
+    """The number of different rows in gaps, whatever the number of tables that lack them."""
+    return sum(len(shard.indices) for shard in shards(gaps, max((gap.stop for gap in gaps), default=1)))
+
+
 @dataclass(frozen=True)
 class Trial:
     """One point of a search space on one fold; ``key`` says what it depends on."""
@@ -189,11 +194,11 @@ def is_whole(run: RunDirectory, name: str) -> bool:
             with run.open_table(name):
                 return True
         if name.endswith(".safetensors"):
-            (length,) = struct.unpack("<Q", run.read(name, 8))
-            entries = json.loads(run.read(name, 8 + length)[8:])
+            header = run.read_header(name)
+            entries = json.loads(header[8:])
             ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
-            return run.size(name) == 8 + length + max(ends, default=0)
+            return run.size(name) == len(header) + max(ends, default=0)
         json.loads(run.read(name))
-    except (pa.ArrowException, OSError, ValueError, KeyError, struct.error):
+    except (pa.ArrowException, OSError, ValueError, KeyError):
         return False
     return True

@@ -9,13 +9,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from h2t.adapter import load_head
 from h2t.costs import BackboneCost, HeadSize, storage_bytes, training_flops
 from h2t.head2toe import Head
 from h2t.hyperparameters import Hyperparameters
 from h2t.metrics import correct
-from pipelines.artifacts import PREDICTIONS, backbone_folder, features_key, task_columns
-from pipelines.run_directory import RunDirectory
+from pipelines.artifacts import backbone_folder, features_key, task_columns
+from pipelines.schemas import PREDICTIONS
 from pipelines.task_data import TaskData
 
 
@@ -47,7 +46,7 @@ def result_row(
     validation_accuracy: float,
     cost: BackboneCost,
 ) -> dict[str, Any]:
-    """A row of ``artifacts.RESULTS``; ``predictions``: columns label and prediction of the test images."""
+    """A row of ``schemas.RESULTS``; ``predictions``: columns label and prediction of the test images."""
     point, config = outcome.hyperparameters, task.config
     done = outcome.status == "done"
     n_test = len(predictions)
@@ -106,9 +105,8 @@ def result_rows(
     ]
 
 
-def outcome_of_head(run: RunDirectory, name: str, weights: str, batch_size: int) -> Outcome:
-    """The outcome of a head on frozen features from its file."""
-    head, provenance = load_head(run.read(name))
+def outcome_of_head(head: Head, provenance: Mapping[str, str], weights: str, batch_size: int) -> Outcome:
+    """The outcome of a head on frozen features, as ``train_together`` described it."""
     return Outcome(
         head.hyperparameters,
         head.seed,
@@ -123,7 +121,7 @@ def outcome_of_head(run: RunDirectory, name: str, weights: str, batch_size: int)
 
 
 def kept_rows(task: TaskData, head: Head) -> list[dict[str, Any]]:
-    """Rows of ``artifacts.KEPT``: how many features of each tap a head keeps."""
+    """Rows of ``schemas.KEPT``: how many features of each tap a head keeps."""
     counts = np.bincount(head.layout.tap_of(head.kept), minlength=len(head.layout.taps))
     shared = {**task_columns(task), "method": head.hyperparameters.method, "seed": head.seed}
     return [
@@ -137,7 +135,7 @@ def kept_rows(task: TaskData, head: Head) -> list[dict[str, Any]]:
 def prediction_table(
     task: TaskData, heads: Sequence[tuple[str, int]], index: np.ndarray, predictions: np.ndarray
 ) -> pa.Table:
-    """Rows of ``artifacts.PREDICTIONS`` from classes integer [n, n_heads] of images ``index`` int32 [n].
+    """Rows of ``schemas.PREDICTIONS`` from classes integer [n, n_heads] of images ``index`` int32 [n].
 
     ``heads``: method and seed of each column.
     """

@@ -101,6 +101,10 @@ class RunDirectory:
         with filesystem.open_input_file(path) as source:
             return bytes(source.read(n_bytes))
 
+    def read_header(self, name: str) -> bytes:
+        """The beginning of a safetensors file, which says what is in it: 8 bytes of length, and the JSON."""
+        return self.read(name, 8 + int.from_bytes(self.read(name, 8), "little"))
+
     def size(self, name: str) -> int:
         """The number of bytes of a file."""
         filesystem, path = self._locate(name)

@@ -4,7 +4,6 @@ It is written once per configuration: a later command with the same recipe leave
 what the files were made with. Records of earlier configurations are kept in ``history/``.
 """
 
-import io
 from importlib.metadata import version
 from typing import Any
 
@@ -47,12 +46,14 @@ def read_record(run: RunDirectory) -> dict[str, Any]:
     Raises UserError for a run directory of another layout.
     """
     if run.exists("config.yaml"):
-        raise UserError(f"{run.uri} was written by version 1, which had another layout; expected layout "
-                        f"{LAYOUT}: give another --run-dir, or move that folder away")  # fmt: skip
-    if not run.exists(RECORD):
+        record: dict[str, Any] = {"layout": 1}  # which had no number
+    elif run.exists(RECORD):
+        record = yaml.safe_load(run.read(RECORD))
+    else:
         return {}
-    record: dict[str, Any] = yaml.safe_load(io.BytesIO(run.read(RECORD)))
     if record.get("layout") != LAYOUT:
-        raise UserError(f"{run.uri} has layout {record.get('layout')}, expected {LAYOUT}: it was written by "
-                        "another version of this package")  # fmt: skip
+        raise UserError(
+            f"{run.uri} has layout {record.get('layout')}, expected {LAYOUT}: it was written by another "
+            "version of this package; run into another directory, or move that one away"
+        )
     return record

@@ -4,7 +4,7 @@ Encoded bytes travel to the decoding task, uint8 pixels from there to the actor,
 actor writes its results itself, so nothing large passes the object store.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -20,11 +20,11 @@ from h2t.errors import UserError
 from h2t.extraction import preprocessing_config
 from h2t.images.preprocessing import Preprocessing, prepare, to_batch
 from h2t.images.source import BadImage, BadRow
-from pipelines.artifacts import BAD_ROWS, backbone_folder, bad_rows_file, write_rows
+from pipelines.artifacts import backbone_folder, bad_rows_file, write_rows
 from pipelines.cluster import POOL_NOISE, backbone_actors, without_line
 from pipelines.config import BackboneConfig, Config
 from pipelines.products import Shard
-from pipelines.run_directory import RunDirectory
+from pipelines.schemas import BAD_ROWS
 from pipelines.session import Advance, Session
 from pipelines.task_data import TaskData, refuse_bad_rows
 from pipelines.worker_errors import raise_user_error, user_error_of
@@ -73,6 +73,8 @@ def stream_shards(
     shared = ray.put({
         "shards": list(shards), "tasks": dict(session.tasks), "run": session.run,
         "preprocessing": preprocessing_of(config.backbone),
+        # Named here: a worker may not see all that their key depends on.
+        "bad_rows_files": [bad_rows_file(session.tasks[shard.task], shard) for shard in shards],
     })  # fmt: skip
     pipeline = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -107,28 +109,27 @@ class ShardActor:
     """Actor: a decoded shard in, handed to the step of a stage, one small row out."""
 
     def __init__(self, shared: list[ray.ObjectRef], make_step: Callable[[], ShardStep]) -> None:
-        self.shared = ray.get(shared[0])
-        self.user_error = user_error_of(lambda: setattr(self, "step", make_step()))
+        self.shared, self.make_step = ray.get(shared[0]), make_step
+        self.user_error = user_error_of(self._start)
+
+    def _start(self) -> None:
+        self.step = self.make_step()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Do the step, unless the recipe refuses bad rows and the shard has some."""
-        shard: Shard = self.shared["shards"][batch["shard"][0].as_py()]
+        number = batch["shard"][0].as_py()
+        shard: Shard = self.shared["shards"][number]
         task: TaskData = self.shared["tasks"][shard.task]
         user_error = self.user_error or batch["user_error"][0].as_py()
         images, index = decoded_images(batch)
         bad = batch["bad"][0].as_py()
         if bad and task.config.on_bad_image == "skip":
-            write_bad_rows(self.shared["run"], task, shard, bad)
+            rows = [{**row, "backbone": backbone_folder(task.config)} for row in bad]
+            write_rows(self.shared["run"], self.shared["bad_rows_files"][number], BAD_ROWS, rows)
         if not user_error and (not bad or task.config.on_bad_image == "skip"):
-            user_error = user_error_of(lambda: self.step(task, shard, images, index))  # type: ignore[attr-defined]
+            user_error = user_error_of(lambda: self.step(task, shard, images, index))
         row = {"task": shard.task, "split": shard.split, "n_images": len(images), "bad": bad}
         return pa.Table.from_pylist([{**row, "user_error": user_error}])
-
-
-def write_bad_rows(run: RunDirectory, task: TaskData, shard: Shard, bad: Sequence[Mapping[str, Any]]) -> None:
-    """Write the list of a shard's images that are left out."""
-    rows = [{**row, "backbone": backbone_folder(task.config)} for row in bad]
-    write_rows(run, bad_rows_file(task, shard), BAD_ROWS, rows)
 
 
 def decode_shard(batch: pa.Table, shared: list[ray.ObjectRef]) -> pa.Table:

@@ -16,16 +16,7 @@ import ray
 from h2t.features import keep_features
 from h2t.head2toe import Head
 from h2t.metrics import accuracy, cross_entropy
-from pipelines.artifacts import (
-    CHOSEN,
-    TRIALS,
-    chosen_from_trials,
-    features,
-    task_columns,
-    trials,
-    write_frame,
-    write_rows,
-)
+from pipelines.artifacts import chosen_from_trials, features, task_columns, trials, write_frame, write_rows
 from pipelines.choice import choose
 from pipelines.cluster import concurrent_trials, slots, trial_resources
 from pipelines.feature_cache import FeatureCache, cached_features
@@ -34,6 +25,7 @@ from pipelines.head_training import fit_heads
 from pipelines.jobs import Job, run_jobs
 from pipelines.products import Files, Trial, TrialFiles
 from pipelines.run_directory import RunDirectory
+from pipelines.schemas import CHOSEN, TRIALS
 from pipelines.session import Advance, Session, Step
 from pipelines.task_data import TaskData
 
@@ -136,7 +128,7 @@ def run_packs(packs: Sequence[Pack], shared: dict[str, Any]) -> Iterator[dict[st
 
 
 def run_trials(task: TaskData, members: Sequence[Trial], matrix: FeatureMatrix) -> list[dict[str, Any]]:
-    """Train points on their fold; one row of ``artifacts.TRIALS`` each, in their order."""
+    """Train points on their fold; one row of ``schemas.TRIALS`` each, in their order."""
     train, validation = (matrix.rows_of(rows) for rows in task.fold(members[0].fold))
     started = time.perf_counter()
     validation_set = ValidationSet(matrix.values[validation], matrix.labels[validation])

@@ -18,8 +18,8 @@ def user_error_of(work: Callable[[], object]) -> str:
     return ""
 
 
-def raise_user_error(texts: Iterable[str], advice: str = "") -> None:
-    """Raise the first text that is not empty as a UserError, with ``advice`` on what helps in a recipe."""
+def raise_user_error(texts: Iterable[str]) -> None:
+    """Raise the first text that is not empty as a UserError."""
     for text in texts:
         if text:
-            raise UserError(text + advice)
+            raise UserError(text)

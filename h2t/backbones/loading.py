@@ -21,6 +21,7 @@ from h2t.backbones.pretrained import (
 )
 from h2t.backbones.tap import Tap
 from h2t.errors import UserError, unknown
+from h2t.features import default_embedding
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -98,7 +99,7 @@ def load_backbone(
     model.eval().requires_grad_(False)
     taps_read = _taps(model, name, taps, size if config.fixed_input_size else timm_size)
     model.to(device, PRECISIONS[precision]).to(memory_format=torch.channels_last)
-    embedding = "pre_logits" if any(tap.name == "pre_logits" for tap in taps_read) else taps_read[-1].name
+    embedding = default_embedding([tap.name for tap in taps_read])
     return Backbone(name, model, taps_read, size, config.mean, config.std, embedding, provenance)
 
 

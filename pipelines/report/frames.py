@@ -8,43 +8,16 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset
-import yaml
 
 from h2t.costs import BackboneCost
 from h2t.errors import UserError
 from h2t.methods import METHODS
 from pipelines.run_directory import TEMPORARY, RunDirectory, open_filesystem
+from pipelines.run_record import read_record
+from pipelines.schemas import BAD_ROWS, CHOSEN, KEPT, RESULTS, TRIALS
 
-LAYOUT = 2  # of the run directories that are read
 DONE = "done"
-
-
-def _schema(text: str, integers: str = "", numbers: str = "") -> pa.Schema:
-    columns = {pa.string(): text, pa.int64(): integers, pa.float64(): numbers}
-    return pa.schema([(name, kind) for kind, names in columns.items() for name in names.split()])
-
-
-SCHEMAS = {
-    "results": _schema(
-        "backbone task group method status image_source preprocessing fold_scheme weights fingerprint",
-        "seed n_test n_correct n_train n_classes n_features n_kept target_size steps diverged_at "
-        "peak_memory_bytes modelled_storage_bytes",
-        "test_accuracy learning_rate coefficient keep_fraction validation_accuracy train_loss train_seconds "
-        "modelled_flops",
-    ),
-    "trials": _schema(
-        "backbone task group method status fold_scheme trial",
-        "target_size steps fold seed n_validation n_features n_kept diverged_at",
-        "learning_rate coefficient keep_fraction validation_accuracy validation_loss seconds train_loss",
-    ),
-    "chosen": _schema(
-        "backbone task group method source",
-        "target_size steps n_folds n_candidates",
-        "learning_rate coefficient keep_fraction validation_accuracy validation_std validation_loss",
-    ),
-    "kept": _schema("backbone task group method tap", "seed tap_index n_features n_kept"),
-    "bad_rows": _schema("backbone task split path reason", "index"),
-}
+SCHEMAS = {"results": RESULTS, "trials": TRIALS, "chosen": CHOSEN, "kept": KEPT, "bad_rows": BAD_ROWS}
 """Folder of a run directory -> columns of its Parquet files; accuracies are fractions of 1."""
 
 
@@ -110,11 +83,7 @@ def read_runs(runs: Sequence[RunDirectory]) -> Frames:
 
 def read_run(run: RunDirectory) -> Frames:
     """The rows of one run directory, what was measured of its backbones, and what its files say of it."""
-    if run.exists("config.yaml"):  # layout 1 had no number
-        raise UserError(f"{run.uri} has layout 1, expected {LAYOUT}: it was written by an earlier version")
-    record = yaml.safe_load(run.read("run.yaml")) if run.exists("run.yaml") else {}
-    if record and record.get("layout") != LAYOUT:
-        raise UserError(f"{run.uri} has layout {record.get('layout')}, expected {LAYOUT}")
+    record = read_record(run)
     manifests = {
         (name.split("/")[1], content["task"]): content
         for name in _whole_files(run, "manifests", ".json")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from h2t.backbones.loading import load_backbone
 from h2t.methods import METHODS
-from pipelines import artifacts
+from pipelines import artifacts, products, schemas
 from pipelines.config import Config, Resources
 from pipelines.evaluate import result_product
 from pipelines.run import STAGES, run_stages
@@ -111,6 +111,16 @@ def test_other_test_images_change_predictions_and_results_alone(images: Path, tm
     assert {kind for kind in after if after[kind] != before[kind]} == {"predictions", "results"}
 
 
+def test_an_image_that_is_left_out_is_listed_once_whatever_reads_it(images: Path) -> None:
+    """By the heads, by other heads, and by fine-tuned models."""
+    task = open_task(small_config(images), "first")
+    tables = [artifacts.predictions(task, "frozen", [name]) for name in ("a head", "another")]
+    tables.append(artifacts.predictions(task, "finetuned", ["a model"]))
+    cut = [products.shards(table.missing(RunDirectory("unused"), []), 100)[0] for table in tables]
+    assert len({shard.files for shard in cut}) == 3
+    assert len({artifacts.bad_rows_file(task, shard) for shard in cut}) == 1
+
+
 def test_another_version_of_the_heads_keeps_the_features(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,8 +185,8 @@ def test_every_tool_reads_every_kind_of_table_with_default_options(finished: Run
 @pytest.mark.parametrize(
     ("kind", "schema"),
     [
-        ("results", artifacts.RESULTS), ("trials", artifacts.TRIALS), ("chosen", artifacts.CHOSEN),
-        ("kept", artifacts.KEPT), ("predictions", artifacts.PREDICTIONS),
+        ("results", schemas.RESULTS), ("trials", schemas.TRIALS), ("chosen", schemas.CHOSEN),
+        ("kept", schemas.KEPT), ("predictions", schemas.PREDICTIONS),
     ],
 )  # fmt: skip
 def test_tables_have_the_declared_columns(finished: RunDirectory, kind: str, schema: Any) -> None:

@@ -38,13 +38,13 @@ def test_importing_the_report_leaves_ray_out() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_of_the_pipelines_the_report_imports_only_the_run_directory() -> None:
+def test_of_the_pipelines_the_report_imports_only_what_describes_a_run_directory() -> None:
     modules = set()
     for path in Path(str(pipelines.report.__file__)).parent.rglob("*.py"):
         nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
         modules |= {str(node.module) for node in nodes}
     others = [name for name in modules if name.startswith("pipelines") and "pipelines.report" not in name]
-    assert others == ["pipelines.run_directory"]
+    assert sorted(others) == ["pipelines.run_directory", "pipelines.run_record", "pipelines.schemas"]
 
 
 def test_the_report_lies_where_it_is_told_to_and_changes_nothing_else(

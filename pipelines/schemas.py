@@ -1,0 +1,55 @@
+"""The columns of every table in a run directory, declared once for who writes and who reads them."""
+
+import pyarrow as pa
+
+TEXT, INTEGER, NUMBER = pa.string(), pa.int64(), pa.float64()
+_TASK = [("backbone", TEXT), ("task", TEXT), ("group", TEXT)]
+_POINT = [
+    ("method", TEXT), ("target_size", INTEGER), ("learning_rate", NUMBER), ("steps", INTEGER),
+    ("coefficient", NUMBER), ("keep_fraction", NUMBER),
+]  # fmt: skip
+POINT = [name for name, _ in _POINT]
+"""The columns that are the fields of ``Hyperparameters``."""
+
+TRIALS = pa.schema([
+    *_TASK, *_POINT, ("fold", INTEGER), ("seed", INTEGER), ("status", TEXT), ("validation_accuracy", NUMBER),
+    ("validation_loss", NUMBER), ("n_validation", INTEGER), ("n_features", INTEGER), ("n_kept", INTEGER),
+    ("seconds", NUMBER), ("train_loss", NUMBER), ("diverged_at", INTEGER), ("fold_scheme", TEXT),
+    ("trial", TEXT),
+])  # fmt: skip
+"""One row per task, method, point of the search space and fold. Accuracies: fractions of 1; losses: nats."""
+
+CHOSEN = pa.schema([
+    *_TASK, *_POINT, ("validation_accuracy", NUMBER), ("validation_std", NUMBER), ("validation_loss", NUMBER),
+    ("n_folds", INTEGER), ("n_candidates", INTEGER), ("source", TEXT),
+])  # fmt: skip
+"""One row per task and method; ``source``: the method that one which is the best of others has chosen."""
+
+RESULTS = pa.schema([
+    *_TASK, ("method", TEXT), ("seed", INTEGER), ("status", TEXT), ("test_accuracy", NUMBER),
+    ("n_test", INTEGER), ("n_correct", INTEGER), ("n_train", INTEGER), ("n_classes", INTEGER),
+    ("n_features", INTEGER), ("n_kept", INTEGER), *_POINT[1:], ("validation_accuracy", NUMBER),
+    ("train_loss", NUMBER), ("diverged_at", INTEGER), ("train_seconds", NUMBER),
+    ("peak_memory_bytes", INTEGER), ("modelled_flops", NUMBER), ("modelled_storage_bytes", INTEGER),
+    ("image_source", TEXT), ("preprocessing", TEXT), ("fold_scheme", TEXT), ("weights", TEXT),
+    ("fingerprint", TEXT),
+])  # fmt: skip
+"""One row per task, method and seed; ``fingerprint``: the key of the features."""
+
+KEPT = pa.schema([
+    *_TASK, ("method", TEXT), ("seed", INTEGER), ("tap", TEXT), ("tap_index", INTEGER),
+    ("n_features", INTEGER), ("n_kept", INTEGER),
+])  # fmt: skip
+"""One row per task, method, seed and tap."""
+
+PREDICTIONS = pa.schema([
+    ("backbone", TEXT), ("task", TEXT), ("method", TEXT), ("seed", pa.int32()), ("index", pa.int32()),
+    ("label", pa.int32()), ("prediction", pa.int32()),
+])  # fmt: skip
+"""One row per test image, method and seed; the prediction is -1 where the training diverged."""
+
+BAD_ROWS = pa.schema([
+    ("backbone", TEXT), ("task", TEXT), ("split", TEXT), ("index", pa.int32()), ("path", TEXT),
+    ("reason", TEXT),
+])  # fmt: skip
+"""One row per image that was left out."""
