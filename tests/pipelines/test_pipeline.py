@@ -228,3 +228,21 @@ def test_stages_out_of_order_say_what_to_run_first(images: Path, tmp_path: Path)
     run = RunDirectory(str(tmp_path))
     with pytest.raises(UserError, match="run the evaluate stage first"):
         report([run], run, Console(quiet=True))
+
+
+def test_a_run_in_an_object_store_has_the_same_rows_and_goes_on(
+    finished: RunDirectory, images: Path, s3: str, console: Console
+) -> None:
+    """With credentials in the URI: the workers were started before the server was."""
+    options = f"endpoint_override={s3}&scheme=http&region=us-east-1"
+    run = RunDirectory(f"s3://test:test@runs/pipeline?{options}")
+    config = small_config(images, ("first",))
+    run_all(config, run)
+    names = run.names("results", recursive=True)
+    rows = [where.read_frame(names).drop(columns=MEASURED) for where in (run, finished)]
+    pd.testing.assert_frame_equal(*rows)
+    victim = run.names("trials", recursive=True)[0]
+    run.delete(victim)
+    run_all(config, run, console)
+    assert run.exists(victim)
+    assert output(console).count("nothing to do") == 3
