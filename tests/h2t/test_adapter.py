@@ -1,5 +1,6 @@
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def random_head(n_kept=5, n_classes=3):
     )
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     head = random_head()
     path = tmp_path / "head.safetensors"
     save_head(head, path, provenance={"task": "täsk"}, classes=["a", "b", "c"])
@@ -87,13 +88,13 @@ def test_what_is_saved_comes_back(tmp_path):
             assert np.asarray(getattr(loaded, name)).dtype == np.asarray(value).dtype
 
 
-def test_equal_heads_give_equal_bytes():
+def test_equal_heads_give_equal_bytes() -> None:
     provenance = {f"key{number}": "value" for number in range(20)}
     backwards = dict(reversed(provenance.items()))
     assert saved(random_head(), 3, provenance) == saved(random_head(), 3, backwards)
 
 
-def test_the_file_is_plain_safetensors():
+def test_the_file_is_plain_safetensors() -> None:
     assert set(load(saved(random_head(), 3))) == {"kept", "weight", "bias"}
 
 
@@ -120,12 +121,12 @@ def damaged():
 
 
 @pytest.mark.parametrize(("data", "message"), [pytest.param(*rest, id=name) for name, *rest in damaged()])
-def test_damaged_heads_are_refused(data, message):
+def test_damaged_heads_are_refused(data, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_head(data)
 
 
-def test_a_foreign_file_is_named(tmp_path):
+def test_a_foreign_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     path.write_bytes(save({"x": np.zeros(2)}))
     for load_file in (load_head, Adapter.load):
@@ -138,14 +139,14 @@ def test_a_foreign_file_is_named(tmp_path):
                 load_file(source)
 
 
-def test_a_missing_file_and_wrong_classes_are_the_users(tmp_path):
+def test_a_missing_file_and_wrong_classes_are_the_users(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing\.safetensors"):
         load_head(tmp_path / "nothing.safetensors")
     with pytest.raises(UserError, match="2 classes are named, but the head has 3"):
         saved(random_head(), ["a", "b"])
 
 
-def test_adapter_predicts_what_the_head_does(backbone, images, head):
+def test_adapter_predicts_what_the_head_does(backbone, images, head) -> None:
     labels, probabilities = Adapter(backbone, head).predict(images)
     expected = logits(head, extract_features(backbone, images, TARGET))
     np.testing.assert_array_equal(labels, expected.argmax(1))
@@ -154,7 +155,7 @@ def test_adapter_predicts_what_the_head_does(backbone, images, head):
     assert (labels == np.arange(24) % 2).mean() > 0.9
 
 
-def test_adapter_from_a_file_names_classes_and_reads_files(tmp_path, images, head, backbone):
+def test_adapter_from_a_file_names_classes_and_reads_files(tmp_path: Path, images, head, backbone) -> None:
     path = tmp_path / "image.png"
     PillowImage.fromarray(images[1]).save(path)
     adapter = Adapter.load(saved(head, ["red", "blue"], {"backbone": json.dumps(CONFIG)}))
@@ -168,19 +169,21 @@ def test_adapter_from_a_file_names_classes_and_reads_files(tmp_path, images, hea
         adapter.predict(str(path))
 
 
-def test_adapter_refuses_a_backbone_with_other_features(images, head):
+def test_adapter_refuses_a_backbone_with_other_features(images, head) -> None:
     other = load_backbone("test_resnet", weights="random", image_size=2 * SIZE, taps="with_input")
     with pytest.raises(UserError, match="trained on other features"):
         Adapter(other, head)
 
 
-def test_a_head_without_its_backbone_says_so(head):
+def test_a_head_without_its_backbone_says_so(head) -> None:
     with pytest.raises(UserError, match="which backbone"):
         Adapter.load(saved(head))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_an_adapter_of_a_finetuned_model_predicts_what_the_model_does(tmp_path, images, precision):
+def test_an_adapter_of_a_finetuned_model_predicts_what_the_model_does(
+    tmp_path: Path, images, precision: str
+) -> None:
     backbone = load_backbone("test_resnet", weights="random", image_size=SIZE, seed=3)
     layout = feature_layout(backbone, TARGET)
     features = KeptFeatures(np.arange(0, layout.n_features, 5), layout, TARGET)
@@ -208,7 +211,7 @@ def test_an_adapter_of_a_finetuned_model_predicts_what_the_model_does(tmp_path, 
         Adapter.load(path)
 
 
-def test_a_model_without_its_backbone_says_so():
+def test_a_model_without_its_backbone_says_so() -> None:
     backbone = load_backbone("test_resnet", weights="random", image_size=SIZE)
     features = embedding_features(backbone)
     model = TrainableModel(backbone, features, 2, options=FinetuneOptions())

@@ -28,7 +28,7 @@ def relative_cost(head: HeadSize, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize(("title", "row"), list(zip(paper.task_titles(), TABLE_3, strict=True)))
-def test_table_3_to_every_printed_digit(title, row):
+def test_table_3_to_every_printed_digit(title: str, row) -> None:
     fraction, n_features, n_classes, *printed = row
     chosen = paper.hyperparameters("resnet50")[title]
     assert fraction == chosen.keep_fraction
@@ -36,12 +36,12 @@ def test_table_3_to_every_printed_digit(title, row):
     assert [round(share, 6) for share in relative_cost(head, chosen.steps)] == printed
 
 
-def test_average_row_of_table_3():
+def test_average_row_of_table_3() -> None:
     averages = [sum(row[column] for row in TABLE_3) / len(TABLE_3) for column in (3, 4, 5)]
     assert averages == pytest.approx(paper.published()["table3_average"], abs=1.1e-6)
 
 
-def test_operations_by_hand():
+def test_operations_by_hand() -> None:
     frozen = 1000 * 1000 + 4 * 40 * 3 * 128 * 10
     tuning = 3 * (1000 + 2 * 8 * 3) * 128 * 10
     assert costs.training_flops("head2toe", TINY, HEAD, 10) == frozen
@@ -54,7 +54,7 @@ def test_operations_by_hand():
     assert costs.training_flops("head2toe_ft", TINY, HEAD, 10, finetuning_steps=20) == frozen + through_taps
 
 
-def test_bytes_by_hand():
+def test_bytes_by_hand() -> None:
     expected = {
         "linear": 4 * 8 * 3,
         "all_l2": 4 * 40 * 3,
@@ -66,14 +66,14 @@ def test_bytes_by_hand():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_a_cost_between_the_forward_passes_and_both_trainings(method):
+def test_every_method_has_a_cost_between_the_forward_passes_and_both_trainings(method: str) -> None:
     frozen = costs.features_flops(TINY)
     flops = costs.training_flops(method, TINY, HEAD, 10)
     both = costs.training_flops("all_l2", TINY, HEAD, 10) + costs.finetuning_flops(TINY, 40, 3, 10)
     assert (0 if METHODS[method].trains_backbone else frozen) < flops <= both
 
 
-def test_measured_operations_are_those_of_the_layers():
+def test_measured_operations_are_those_of_the_layers() -> None:
     from h2t.backbones.loading import load_backbone
 
     backbone = load_backbone("test_resnet", weights="random", image_size=64)
@@ -84,7 +84,7 @@ def test_measured_operations_are_those_of_the_layers():
 
     counted = 0
 
-    def count(module, inputs, output):
+    def count(module, inputs, output) -> None:
         nonlocal counted
         counted += 2 * output.numel() * module.weight[0].numel()
 

@@ -17,7 +17,7 @@ LAYOUT = FeatureLayout(("upper", "lower"), (32, 32))
 
 
 @parametrize_with_checks([Head2ToeClassifier(keep_fraction=1.0, learning_rate=0.1, steps=100)])
-def test_scikit_learns_own_checks(estimator, check):
+def test_scikit_learns_own_checks(estimator, check) -> None:
     check(estimator)
 
 
@@ -27,12 +27,12 @@ def digits():
     return X[:600].astype(np.float32), y[:600]
 
 
-def test_cross_validation_on_digits(digits):
+def test_cross_validation_on_digits(digits) -> None:
     classifier = Head2ToeClassifier(layout=LAYOUT, keep_fraction=0.8, learning_rate=0.1, steps=200)
     assert cross_val_score(classifier, *digits, cv=3).mean() > 0.8
 
 
-def test_grid_search_over_the_fraction_of_features(digits):
+def test_grid_search_over_the_fraction_of_features(digits) -> None:
     search = GridSearchCV(
         Head2ToeClassifier(learning_rate=0.1, steps=100), {"keep_fraction": [0.05, 0.8]}, cv=2
     )
@@ -42,7 +42,7 @@ def test_grid_search_over_the_fraction_of_features(digits):
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.trains_backbone])
-def test_every_method_on_frozen_features_learns(digits, method):
+def test_every_method_on_frozen_features_learns(digits, method: str) -> None:
     X, y = digits
     classifier = Head2ToeClassifier(method, layout=LAYOUT, keep_fraction=0.5, learning_rate=0.1, steps=100)
     classifier.fit(X, y)
@@ -50,7 +50,7 @@ def test_every_method_on_frozen_features_learns(digits, method):
     assert classifier.score(X, y) > 0.6
 
 
-def test_predictions_are_those_of_the_head_under_the_users_names(digits):
+def test_predictions_are_those_of_the_head_under_the_users_names(digits) -> None:
     X, y = digits
     names = np.array([f"digit {number}" for number in range(10)])
     classifier = Head2ToeClassifier("all_l1", layout=LAYOUT, learning_rate=0.1, steps=50).fit(X, names[y])
@@ -58,7 +58,7 @@ def test_predictions_are_those_of_the_head_under_the_users_names(digits):
     assert set(classifier.classes_) == set(names)
 
 
-def test_the_random_state_draws_order_and_weights(digits):
+def test_the_random_state_draws_order_and_weights(digits) -> None:
     first, again, other = (
         Head2ToeClassifier("all_l2", steps=20, random_state=seed).fit(*digits).head_.weight
         for seed in (3, 3, 4)
@@ -67,14 +67,14 @@ def test_the_random_state_draws_order_and_weights(digits):
     assert not np.allclose(first, other)
 
 
-def test_linear_reads_the_embedding_alone(digits):
+def test_linear_reads_the_embedding_alone(digits) -> None:
     classifier = Head2ToeClassifier("linear", layout=LAYOUT, steps=10).fit(*digits)
     np.testing.assert_array_equal(classifier.head_.kept, np.arange(32, 64))
     classifier.set_params(embedding="upper").fit(*digits)
     np.testing.assert_array_equal(classifier.head_.kept, np.arange(32))
 
 
-def test_parameters_survive_cloning():
+def test_parameters_survive_cloning() -> None:
     classifier = clone(Head2ToeClassifier("all_l2", layout=LAYOUT, steps=7)).set_params(keep_fraction=0.5)
     expected = {"method": "all_l2", "layout": LAYOUT, "steps": 7, "keep_fraction": 0.5}
     assert classifier.get_params().items() >= expected.items()
@@ -93,12 +93,12 @@ def test_parameters_survive_cloning():
         ),
     ],
 )
-def test_wrong_parameters_are_the_users(digits, parameters, message):
+def test_wrong_parameters_are_the_users(digits, parameters, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Head2ToeClassifier(**parameters).fit(*digits)
 
 
-def test_images_through_a_backbone():
+def test_images_through_a_backbone() -> None:
     random = np.random.default_rng(0)
     y = np.arange(24) % 2
     images = np.array([[200, 40, 40], [40, 40, 200]])[y][:, None, None] + random.integers(

@@ -1,6 +1,7 @@
 """``h2t tasks --check``: what is there of VTAB-1k."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from h2t.tasks import VTAB_1K, find_task
 
 
 @pytest.fixture
-def archive(tmp_path, encode):
+def archive(tmp_path: Path, encode):
     """Writes a task's folder with so many images; returns the root."""
 
     def write(folder, n_train, n_test, label="1"):
@@ -31,13 +32,13 @@ def archive(tmp_path, encode):
 
 
 @pytest.fixture(autouse=True)
-def small_tasks(monkeypatch):
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 19 tasks with three training and two test images each."""
     small = tuple(replace(task, n_train=3, n_test=2) for task in VTAB_1K)
     monkeypatch.setattr(readiness, "VTAB_1K", small)
 
 
-def test_each_task_is_ready_incomplete_or_missing(archive, tmp_path):
+def test_each_task_is_ready_incomplete_or_missing(archive, tmp_path: Path) -> None:
     archive("cifar", 3, 2)
     archive("dtd", 3, 1)
     archive("svhn", 3, 2, label="10")
@@ -65,7 +66,7 @@ def test_each_task_is_ready_incomplete_or_missing(archive, tmp_path):
     assert found["oxford_iiit_pet"].expected == "3 + 2"
 
 
-def test_whole_training_sets_get_advice(tmp_path, encode):
+def test_whole_training_sets_get_advice(tmp_path: Path, encode) -> None:
     for split, n_images in (("train", 5), ("test", 2)):
         images = tmp_path / "dmlab" / split / "0"
         images.mkdir(parents=True)
@@ -75,7 +76,7 @@ def test_whole_training_sets_get_advice(tmp_path, encode):
     assert state.advice == "whole training set: use the options shuffle: 0 and n_train: 3"
 
 
-def test_wrong_roots(tmp_path):
+def test_wrong_roots(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         check_root(str(tmp_path / "nowhere"), "vtab1k")
     (tmp_path / "list.txt").touch()
@@ -86,7 +87,7 @@ def test_wrong_roots(tmp_path):
         check_root(str(tmp_path), "bundled")
 
 
-def test_real_sizes_are_expected_by_default(monkeypatch, tmp_path):
+def test_real_sizes_are_expected_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.undo()
     states = {state.task: state.expected for state in check_root(str(tmp_path), "parquet")}
     assert states["kitti"] == f"1000 + {find_task('kitti').n_test}" == "1000 + 711"

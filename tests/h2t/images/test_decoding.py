@@ -17,41 +17,41 @@ from h2t.tasks import find_task
 @pytest.mark.parametrize(
     ("format", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {})]
 )
-def test_lossless_formats_come_back_exactly(format, options, random_pixels, encode):
+def test_lossless_formats_come_back_exactly(format: str, options, random_pixels, encode) -> None:
     pixels = random_pixels()
     np.testing.assert_array_equal(decode(EncodedImage(encode(pixels, format, **options), "a")), pixels)
 
 
-def test_jpeg_of_a_flat_colour(encode):
+def test_jpeg_of_a_flat_colour(encode) -> None:
     pixels = np.full((16, 16, 3), (200, 100, 50), dtype=np.uint8)
     decoded = decode(EncodedImage(encode(pixels, "JPEG"), "a"))
     assert np.abs(decoded.astype(int) - pixels).max() <= 2
 
 
-def test_pixels_pass_unchanged_and_uncopied(random_pixels):
+def test_pixels_pass_unchanged_and_uncopied(random_pixels) -> None:
     pixels = random_pixels()
     assert decode(pixels) is pixels
 
 
-def test_grey_is_repeated(encode):
+def test_grey_is_repeated(encode) -> None:
     grey = np.array([[0, 7], [128, 255]], dtype=np.uint8)
     decoded = decode(EncodedImage(encode(grey), "a"))
     np.testing.assert_array_equal(decoded, np.repeat(grey[..., None], 3, axis=2))
 
 
-def test_one_bit_is_black_and_white(encode):
+def test_one_bit_is_black_and_white(encode) -> None:
     bits = Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).convert("1")
     assert decode(EncodedImage(encode(bits), "a"))[0, :, 0].tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_keeps_its_range(format, encode):
+def test_sixteen_bit_grey_keeps_its_range(format: str, encode) -> None:
     grey = np.array([[0, 128, 129, 257, 32768, 65406, 65407, 65535]], dtype=np.uint16)
     decoded = decode(EncodedImage(encode(grey, format), "a"))
     assert decoded[0, :, 2].tolist() == [0, 0, 1, 1, 128, 254, 255, 255]
 
 
-def test_integers_beyond_sixteen_bits_and_floats_are_bad(encode):
+def test_integers_beyond_sixteen_bits_and_floats_are_bad(encode) -> None:
     wide = Image.fromarray(np.array([[0, 70_000]], dtype=np.int32))
     with pytest.raises(BadImage, match=r"16-bit grey in 0\.\.65535, got values in 0\.\.70000"):
         decode(EncodedImage(encode(wide, "TIFF"), "a"))
@@ -59,14 +59,14 @@ def test_integers_beyond_sixteen_bits_and_floats_are_bad(encode):
         decode(EncodedImage(encode(np.zeros((2, 2), dtype=np.float32), "TIFF"), "a"))
 
 
-def test_cmyk_becomes_rgb(encode):
+def test_cmyk_becomes_rgb(encode) -> None:
     inks = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     decoded = decode(EncodedImage(encode(inks, "TIFF"), "a"))
     assert decoded[0, 0].tolist() == [255, 0, 0]
     assert decode(EncodedImage(encode(inks, "JPEG"), "a"))[0, 0, 0] > 240
 
 
-def test_alpha_is_dropped_not_blended(encode):
+def test_alpha_is_dropped_not_blended(encode) -> None:
     pixels = np.array([[[10, 20, 30, 0], [40, 50, 60, 255]]], dtype=np.uint8)
     np.testing.assert_array_equal(decode(EncodedImage(encode(pixels), "a")), pixels[..., :3])
     grey_alpha = Image.fromarray(np.array([[[77, 0]]], dtype=np.uint8), mode=None)
@@ -74,7 +74,7 @@ def test_alpha_is_dropped_not_blended(encode):
 
 
 @pytest.mark.parametrize("transparency", [None, 1, b"\x00\xff"])
-def test_palette_is_looked_up(transparency, encode):
+def test_palette_is_looked_up(transparency, encode) -> None:
     image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8)).convert("P")
     image.putpalette([255, 0, 0, 0, 0, 255])
     options = {} if transparency is None else {"transparency": transparency}
@@ -83,14 +83,14 @@ def test_palette_is_looked_up(transparency, encode):
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
-def test_first_frame_of_an_animation(format, encode):
+def test_first_frame_of_an_animation(format: str, encode) -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     options = {"lossless": True} if format == "WEBP" else {}
     data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
     assert decode(EncodedImage(data, "a")).reshape(-1, 3)[0].tolist() == [255, 0, 0]
 
 
-def test_orientation_tag_is_ignored(encode):
+def test_orientation_tag_is_ignored(encode) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     assert decode(EncodedImage(encode(np.zeros((2, 5, 3), dtype=np.uint8), exif=exif), "a")).shape == (
@@ -100,13 +100,13 @@ def test_orientation_tag_is_ignored(encode):
     )
 
 
-def test_one_pixel(encode):
+def test_one_pixel(encode) -> None:
     assert decode(EncodedImage(encode(np.array([[[1, 2, 3]]], dtype=np.uint8)), "a")).tolist() == [
         [[1, 2, 3]]
     ]
 
 
-def test_bad_files_name_themselves(random_pixels, encode):
+def test_bad_files_name_themselves(random_pixels, encode) -> None:
     png, jpeg = encode(random_pixels(0, 64, 64)), encode(random_pixels(0, 64, 64), "JPEG")
     damaged = {
         "missing or empty file": b"",
@@ -130,12 +130,12 @@ def test_bad_files_name_themselves(random_pixels, encode):
         np.zeros((0, 4, 3), np.uint8),
     ],
 )
-def test_arrays_of_another_kind_are_bad(array):
+def test_arrays_of_another_kind_are_bad(array) -> None:
     with pytest.raises(BadImage, match=r"expected uint8 \[height, width, 3\]"):
         decode(array)
 
 
-def test_damaged_bytes_are_bad_images_and_nothing_else(random_pixels, encode):
+def test_damaged_bytes_are_bad_images_and_nothing_else(random_pixels, encode) -> None:
     """Whatever a reader makes of damage: pixels, or BadImage; and the provenance never fails on it."""
     generator = np.random.default_rng(0)
     for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "JPEG2000"):
@@ -148,7 +148,7 @@ def test_damaged_bytes_are_bad_images_and_nothing_else(random_pixels, encode):
             assert describe_encoding(damaged.tobytes(), find_task("pets"))
 
 
-def test_an_impossible_size_is_bad(encode):
+def test_an_impossible_size_is_bad(encode) -> None:
     header = bytearray(encode(np.zeros((2, 2, 3), dtype=np.uint8), "BMP"))
     header[18:26] = struct.pack("<ii", 100_000, 100_000)
     with pytest.raises(BadImage, match="exceeds limit"):
@@ -156,6 +156,6 @@ def test_an_impossible_size_is_bad(encode):
     assert describe_encoding(bytes(header), find_task("pets")) == "unknown"
 
 
-def test_bad_image_survives_pickling_between_workers():
+def test_bad_image_survives_pickling_between_workers() -> None:
     error = pickle.loads(pickle.dumps(BadImage("a.png", "damaged")))  # noqa: S301
     assert (error.path, error.reason, str(error)) == ("a.png", "damaged", "a.png: damaged")

@@ -1,5 +1,7 @@
 """Folders of images, a class each."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ TASK = Task("birds", "Birds", "other", 0, n_train=0)
 
 
 @pytest.fixture
-def tree(tmp_path, encode):
+def tree(tmp_path: Path, encode):
     """Writes images of a brightness of their own at the paths; returns the root."""
 
     def write(*paths):
@@ -36,7 +38,7 @@ def by_label(source, split):
     }
 
 
-def test_train_and_test_folders(tree):
+def test_train_and_test_folders(tree) -> None:
     root = tree(
         "train/crow/a.png", "train/crow/b.png", "train/owl/a.png", "test/owl/a.png", "test/wren/a.png"
     )
@@ -48,14 +50,14 @@ def test_train_and_test_folders(tree):
     assert source.provenance()["order"] == "shuffled, seed 0"
 
 
-def test_numbered_classes_come_in_the_order_of_their_numbers(tree):
+def test_numbered_classes_come_in_the_order_of_their_numbers(tree) -> None:
     root = tree(*[f"train/{number}/a.png" for number in range(12)], "test/0/a.png")
     assert by_label(open_source("folder", TASK, str(root), {}), "train") == {
         number: [number] for number in range(12)
     }
 
 
-def test_a_seeded_split_takes_its_share_of_every_class(tree):
+def test_a_seeded_split_takes_its_share_of_every_class(tree) -> None:
     root = tree(*[f"{name}/{number}.png" for name in ("crow", "owl") for number in range(10)])
     source = open_source("folder", TASK, str(root), {"test_fraction": 0.3})
     test, train = by_label(source, "test"), by_label(source, "train")
@@ -67,14 +69,14 @@ def test_a_seeded_split_takes_its_share_of_every_class(tree):
     assert by_label(open_source("folder", TASK, str(root), {"test_fraction": 0.3, "seed": 1}), "test") != test
 
 
-def test_rows_are_mixed_for_consecutive_folds_unless_told_otherwise(tree):
+def test_rows_are_mixed_for_consecutive_folds_unless_told_otherwise(tree) -> None:
     root = tree(*[f"train/{name}/{number}.png" for name in "ab" for number in range(20)], "test/a/a.png")
     mixed = open_source("folder", TASK, str(root), {}).labels("train")
     assert 0 < mixed[:20].sum() < 20
     assert open_source("folder", TASK, str(root), {"shuffle": 1}).labels("train").tolist() != mixed.tolist()
 
 
-def test_other_files_are_no_rows_and_other_tasks_no_classes(tree, tmp_path):
+def test_other_files_are_no_rows_and_other_tasks_no_classes(tree, tmp_path: Path) -> None:
     root = tree("birds/crow/a.PNG", "birds/crow/.hidden.png", "birds/crow/b.png", "fish/train/cod/a.png")
     (tmp_path / "birds" / "crow" / "notes.txt").write_text("seen at dawn")
     (tmp_path / "birds" / "list.csv").write_text("a,b")
@@ -85,7 +87,7 @@ def test_other_files_are_no_rows_and_other_tasks_no_classes(tree, tmp_path):
         open_source("folder", absent, str(root), {})
 
 
-def test_an_empty_split_and_too_many_classes(tree):
+def test_an_empty_split_and_too_many_classes(tree) -> None:
     root = tree("train/crow/a.png", "train/owl/a.png", "train/tit/a.png")
     two_classes = Task("birds", "Birds", "other", 2)
     source = open_source("folder", two_classes, str(root), {})
@@ -96,7 +98,7 @@ def test_an_empty_split_and_too_many_classes(tree):
     assert source.labels("train")[row.index] == 2
 
 
-def test_wrong_settings(tree, tmp_path):
+def test_wrong_settings(tree, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="test_fraction: expected a number between 0 and 1, got 1"):
         open_source("folder", TASK, str(tree("a/a.png")), {"test_fraction": 1})
     with pytest.raises(UserError, match="seed: expected 0 or more, got -1"):

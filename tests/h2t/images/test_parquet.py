@@ -1,6 +1,7 @@
 """Parquet of images as hubs write it, and as people do."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -56,7 +57,7 @@ def opened(root, task=FLOWERS, **options):
         ("flowers_at_home/train.parquet", "flowers_at_home/test.parquet"),
     ],
 )
-def test_layouts(make, names, tmp_path, noise):
+def test_layouts(make, names, tmp_path: Path, noise) -> None:
     for seed, (name, labels) in enumerate(zip(names, ([2, 0, 1], [1, 1]), strict=True)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(make(noise(len(labels), seed)[1], labels), tmp_path / name, row_group_size=2)
@@ -70,7 +71,7 @@ def test_layouts(make, names, tmp_path, noise):
 
 
 @pytest.mark.parametrize("make", [flat, struct])
-def test_one_file_with_a_column_of_splits(make, tmp_path, noise):
+def test_one_file_with_a_column_of_splits(make, tmp_path: Path, noise) -> None:
     pixels, images = noise(5)
     path = tmp_path / "everything.parquet"
     pq.write_table(make(images, [0, 1, 2, 3, 4], split=["train", "test", "train", "train", "test"]), path)
@@ -83,7 +84,7 @@ def test_one_file_with_a_column_of_splits(make, tmp_path, noise):
 @pytest.mark.parametrize(
     ("image", "label"), [("img", "fine_label"), ("webp", "cls"), ("image_bytes", "labels")]
 )
-def test_usual_column_names_are_found(image, label, tmp_path, noise):
+def test_usual_column_names_are_found(image, label, tmp_path: Path, noise) -> None:
     for split in ("train", "test"):
         pq.write_table(
             flat(noise(2)[1], [0, 1], image, label, caption=["a", "b"]), tmp_path / f"{split}.parquet"
@@ -91,7 +92,7 @@ def test_usual_column_names_are_found(image, label, tmp_path, noise):
     np.testing.assert_array_equal(pixels_of(opened(tmp_path), "train", [1]), noise(2)[0][1:])
 
 
-def test_columns_and_splits_by_option(tmp_path, noise):
+def test_columns_and_splits_by_option(tmp_path: Path, noise) -> None:
     for split in ("train", "validation", "test"):
         table = flat(noise(2)[1], [0, 1], "photo", "species", page=[7, 7])
         pq.write_table(table, tmp_path / f"{split}.parquet")
@@ -102,7 +103,7 @@ def test_columns_and_splits_by_option(tmp_path, noise):
         opened(tmp_path, label="specie").labels("train")
 
 
-def test_rows_are_keyed_by_the_index_column_across_files(tmp_path, noise):
+def test_rows_are_keyed_by_the_index_column_across_files(tmp_path: Path, noise) -> None:
     pixels, images = noise(6)
     order = np.array([3, 5, 0, 4, 1, 2])
     for part, rows in enumerate(np.split(order, 2)):
@@ -114,14 +115,14 @@ def test_rows_are_keyed_by_the_index_column_across_files(tmp_path, noise):
     np.testing.assert_array_equal(pixels_of(source, "train", range(6)), pixels)
 
 
-def test_files_come_in_the_order_of_their_numbers(tmp_path, noise):
+def test_files_come_in_the_order_of_their_numbers(tmp_path: Path, noise) -> None:
     _, images = noise(12)
     for number in range(12):
         pq.write_table(flat(images[number : number + 1], [number]), tmp_path / f"train-{number}.parquet")
     assert opened(tmp_path).labels("train").tolist() == list(range(12))
 
 
-def test_other_tasks_beside_this_one_are_left_alone(tmp_path, noise):
+def test_other_tasks_beside_this_one_are_left_alone(tmp_path: Path, noise) -> None:
     for name in ("dtd", "svhn"):
         (tmp_path / name).mkdir()
         for split in ("train", "test"):
@@ -131,7 +132,7 @@ def test_other_tasks_beside_this_one_are_left_alone(tmp_path, noise):
         opened(tmp_path, find_task("kitti"))
 
 
-def test_bad_rows(tmp_path, noise):
+def test_bad_rows(tmp_path: Path, noise) -> None:
     _, images = noise(5)
     labels = pa.array([0, None, -4, 2**40, 1], pa.int64())
     table = flat([*images[:4], None], labels, index=[0, 1, 2, 3, 3])
@@ -149,7 +150,7 @@ def test_bad_rows(tmp_path, noise):
         decode(source.read("train", [4])[0])
 
 
-def test_files_that_are_something_else(tmp_path, noise):
+def test_files_that_are_something_else(tmp_path: Path, noise) -> None:
     _, images = noise(2)
     path = tmp_path / "train.parquet"
     pq.write_table(flat(images, [0.5, 1.5]), path)
@@ -174,7 +175,7 @@ def test_files_that_are_something_else(tmp_path, noise):
         opened(tmp_path).labels("test")
 
 
-def test_a_column_of_images_is_looked_for_before_any_is_read(tmp_path, noise):
+def test_a_column_of_images_is_looked_for_before_any_is_read(tmp_path: Path, noise) -> None:
     _, images = noise(2)
     for table, message in (
         (pa.table({"label": [0, 1]}), r"no image column in .*train\.parquet: expected one of image"),
@@ -188,7 +189,7 @@ def test_a_column_of_images_is_looked_for_before_any_is_read(tmp_path, noise):
         opened(tmp_path, image="imag").labels("train")
 
 
-def test_only_integers_number_the_rows(tmp_path, noise):
+def test_only_integers_number_the_rows(tmp_path: Path, noise) -> None:
     _, images = noise(3)
     pq.write_table(flat(images, [0, 1, 2], index=["c", "a", "b"]), tmp_path / "train.parquet")
     assert opened(tmp_path).labels("train").tolist() == [0, 1, 2]
@@ -199,7 +200,7 @@ def test_only_integers_number_the_rows(tmp_path, noise):
     assert len(source.labels("train")) == 3
 
 
-def test_damage_inside_a_file(tmp_path):
+def test_damage_inside_a_file(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
     pq.write_table(flat([b"photograph" * 500] * 4, range(4)), path, compression="zstd", use_dictionary=False)
     content = path.read_bytes()
@@ -212,7 +213,7 @@ def test_damage_inside_a_file(tmp_path):
         opened(tmp_path).labels("train")
 
 
-def test_more_rows_than_there_are(tmp_path, noise):
+def test_more_rows_than_there_are(tmp_path: Path, noise) -> None:
     for split in ("train", "test"):
         pq.write_table(flat(noise(3)[1], range(3)), tmp_path / f"{split}.parquet")
     assert len(opened(tmp_path, n_train=3).labels("train")) == 3
@@ -220,7 +221,7 @@ def test_more_rows_than_there_are(tmp_path, noise):
         opened(tmp_path, n_train=4).labels("train")
 
 
-def test_large_binary_and_a_seeded_part(tmp_path, noise):
+def test_large_binary_and_a_seeded_part(tmp_path: Path, noise) -> None:
     pixels, images = noise(20)
     for split in ("train", "test"):
         table = pa.table(

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -90,13 +91,13 @@ def sizes_of(task):
         ("svhn", "test", 0),
     ],
 )
-def test_where_the_test_images_are(name, split, first):
+def test_where_the_test_images_are(name: str, split: str, first) -> None:
     task = find_task(name)
     assert resolve_split(RULES[name].test, sizes_of(task)) == [(split, range(first, first + task.n_test))]
 
 
 @pytest.mark.parametrize("task", VTAB_1K, ids=lambda task: task.name)
-def test_splits_have_vtabs_sizes_and_never_meet(task):
+def test_splits_have_vtabs_sizes_and_never_meet(task) -> None:
     rule, sizes = RULES[task.name], sizes_of(task)
     rows = {
         name: [(split, number) for split, part in resolve_split(expression, sizes) for number in part]
@@ -115,7 +116,7 @@ def test_splits_have_vtabs_sizes_and_never_meet(task):
     assert rows["train"][800:] == [(split, number) for number in range(first, first + 200)]
 
 
-def test_every_task_has_a_recipe():
+def test_every_task_has_a_recipe() -> None:
     assert list(RULES) == [task.name for task in VTAB_1K]
 
 
@@ -130,7 +131,7 @@ def test_every_task_has_a_recipe():
         ("test[:]", [("test", range(0, 3))]),
     ],
 )
-def test_split_arithmetic(expression, expected):
+def test_split_arithmetic(expression: str, expected) -> None:
     assert resolve_split(expression, {"train": 10, "test": 3}) == expected
 
 
@@ -144,7 +145,7 @@ def test_split_arithmetic(expression, expected):
         ("train++test", "expected a name"),
     ],
 )
-def test_impossible_splits(expression, message):
+def test_impossible_splits(expression: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve_split(expression, {"train": 10, "test": 3})
 
@@ -155,7 +156,7 @@ def clevr(*depths):
 
 
 @pytest.mark.parametrize(("n_objects", "label"), [(3, 0), (7, 4), (10, 7)])
-def test_clevr_counts_objects_from_three(n_objects, label):
+def test_clevr_counts_objects_from_three(n_objects, label) -> None:
     assert clevr_count(clevr(*[9.0] * n_objects)) == label
 
 
@@ -175,7 +176,7 @@ def test_clevr_counts_objects_from_three(n_objects, label):
         (12.0, 5),
     ],
 )
-def test_clevr_distance_is_of_the_closest_object_in_half_open_bins(depth, label):
+def test_clevr_distance_is_of_the_closest_object_in_half_open_bins(depth, label) -> None:
     assert clevr_distance(clevr(13.0, depth, 12.5)) == label
 
 
@@ -200,11 +201,11 @@ def kitti(*objects):
         ([(0, -50.0)], 0),
     ],
 )
-def test_kitti_distance_is_of_the_closest_vehicle(objects, label):
+def test_kitti_distance_is_of_the_closest_vehicle(objects, label) -> None:
     assert kitti_distance(kitti(*objects)) == label
 
 
-def test_dsprites_bins():
+def test_dsprites_bins() -> None:
     assert [dsprites_location({"label_x_position": np.int64(x)}) for x in (0, 1, 2, 30, 31)] == [
         0,
         0,
@@ -216,14 +217,14 @@ def test_dsprites_bins():
     assert np.bincount(turns).tolist() == [3, 2] * 8
 
 
-def test_smallnorb_and_plain_labels_are_the_records():
+def test_smallnorb_and_plain_labels_are_the_records() -> None:
     record = {"label": 3, "label_azimuth": 17, "label_elevation": 8, "label_category": 1}
     assert RULES["smallnorb_azi"].label(record) == 17
     assert RULES["smallnorb_ele"].label(record) == 8
     assert RULES["svhn"].label(record) == 3
 
 
-def test_stored_bytes_stay_and_pixels_become_png(random_pixels, encode):
+def test_stored_bytes_stay_and_pixels_become_png(random_pixels, encode) -> None:
     jpeg = encode(random_pixels(), "JPEG")
     assert lossless(jpeg) is jpeg
     with Image.open(io.BytesIO(lossless(random_pixels()))) as image:
@@ -250,7 +251,7 @@ def dsprites_records(encode):
     return {"train": Records()}
 
 
-def test_prepared_task_reads_back(tmp_path, dsprites_records, monkeypatch):
+def test_prepared_task_reads_back(tmp_path: Path, dsprites_records, monkeypatch: pytest.MonkeyPatch) -> None:
     task = find_task("dsprites_loc")
     monkeypatch.setitem(RULES, task.name, _with_small_test(RULES[task.name]))
     seen = []
@@ -277,7 +278,9 @@ def _with_small_test(rule):
     return replace(rule, test="train[663552:663702]")
 
 
-def test_only_missing_files_are_written_and_a_failure_leaves_none(tmp_path, dsprites_records, monkeypatch):
+def test_only_missing_files_are_written_and_a_failure_leaves_none(
+    tmp_path: Path, dsprites_records, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = find_task("dsprites_ori")
     monkeypatch.setitem(RULES, task.name, _with_small_test(RULES[task.name]))
 
@@ -299,14 +302,14 @@ def test_only_missing_files_are_written_and_a_failure_leaves_none(tmp_path, dspr
     assert pq.read_table(folder / "first1000.parquet").column("index").to_pylist() == list(range(1000))
 
 
-def test_what_cannot_be_prepared(tmp_path):
+def test_what_cannot_be_prepared(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown VTAB-1k task 'mnist'"):
         prepare_task(find_task("mnist"), "", str(tmp_path))
     with pytest.raises(UserError, match="expected at least 16400"):
         prepare_task(find_task("eurosat"), "", str(tmp_path), records={"train": [{}] * 999})
 
 
-def test_absent_tensorflow_datasets_says_what_to_install(monkeypatch):
+def test_absent_tensorflow_datasets_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     # A None among the modules is how Python marks one that cannot be imported.
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(SourceUnavailable, match="pip install"):
@@ -318,7 +321,7 @@ def test_absent_tensorflow_datasets_says_what_to_install(monkeypatch):
     ["array_record", pytest.param("tfrecord", marks=pytest.mark.skipif(not TENSORFLOW, reason="TensorFlow"))],
 )
 @pytest.mark.filterwarnings("default")  # theirs
-def test_the_real_tensorflow_datasets(file_format, tmp_path, encode):
+def test_the_real_tensorflow_datasets(file_format, tmp_path: Path, encode) -> None:
     """Records of CLEVR's and KITTI's schemas, written and read back by the library where it is installed."""
     tfds = pytest.importorskip("tensorflow_datasets", reason="an optional extra")
     features = tfds.features

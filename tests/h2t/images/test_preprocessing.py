@@ -22,12 +22,12 @@ def resized(pixels, size):
     return to_batch([prepare(pixels, plain)], plain)[0, 0].numpy()
 
 
-def test_bilinear_enlarging_by_hand():
+def test_bilinear_enlarging_by_hand() -> None:
     # Pixel i of 4 lies at (i + 1/2) / 2 - 1/2 = -1/4, 1/4, 3/4, 5/4 of 2; outside is the edge pixel.
     np.testing.assert_allclose(resized(grey([[0, 100], [0, 100]]), 4)[0], [0, 25, 75, 100], atol=1e-4)
 
 
-def test_bilinear_shrinking_is_not_antialiased():
+def test_bilinear_shrinking_is_not_antialiased() -> None:
     # Pixel i of 2 lies at (i + 1/2) 5/2 - 1/2 = 3/4 and 13/4 of 5: the middle one never counts.
     rows = grey([[40, 80, 255, 20, 100]] * 5)
     np.testing.assert_allclose(
@@ -37,30 +37,30 @@ def test_bilinear_shrinking_is_not_antialiased():
     np.testing.assert_allclose(resized(grey([[9, 50, 9, 9, 70, 9]] * 6), 2)[0], [50, 70], atol=1e-4)
 
 
-def test_bilinear_does_not_keep_the_aspect_ratio():
+def test_bilinear_does_not_keep_the_aspect_ratio() -> None:
     # 2 high, 4 wide to 2 x 2: rows stay, columns at 1/2 and 5/2 are means of neighbours.
     pixels = grey([[0, 10, 20, 30], [100, 110, 120, 130]])
     np.testing.assert_allclose(resized(pixels, 2), [[5, 25], [105, 125]], atol=1e-4)
 
 
-def test_bilinear_in_both_directions_multiplies():
+def test_bilinear_in_both_directions_multiplies() -> None:
     # Corners 0, 40, 80, 240; the point (1/4, 3/4) from 2 x 2 to 4 x 4.
     pixels = grey([[0, 40], [80, 240]])
     expected = 0.75 * (0.25 * 0 + 0.75 * 40) + 0.25 * (0.25 * 80 + 0.75 * 240)
     np.testing.assert_allclose(resized(pixels, 4)[1, 2], expected, atol=1e-4)
 
 
-def test_one_pixel_fills_the_image():
+def test_one_pixel_fills_the_image() -> None:
     batch = to_batch([np.full((1, 1, 3), 255, np.uint8)], Preprocessing(5))
     np.testing.assert_allclose(batch, np.ones((1, 3, 5, 5)), atol=1e-6)
 
 
-def test_official_range_is_minus_one_to_one():
+def test_official_range_is_minus_one_to_one() -> None:
     batch = to_batch([grey([[0, 51], [204, 255]])], Preprocessing(2))
     np.testing.assert_allclose(batch[0, 1], [[-1, -0.6], [0.6, 1]], atol=1e-6)
 
 
-def test_imagenet_normalisation_by_hand():
+def test_imagenet_normalisation_by_hand() -> None:
     later = Preprocessing(1, "bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     pixel = np.array([[[255, 0, 102]]], dtype=np.uint8)
     expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.4 - 0.406) / 0.225]
@@ -69,7 +69,7 @@ def test_imagenet_normalisation_by_hand():
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
-def test_bicubic_is_pillows(height, width, size, seed):
+def test_bicubic_is_pillows(height, width, size, seed) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(prepare(pixels, Preprocessing(size, "bicubic")), expected)
@@ -77,7 +77,7 @@ def test_bicubic_is_pillows(height, width, size, seed):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
-def test_bilinear_equals_its_definition(height, width, size, seed):
+def test_bilinear_equals_its_definition(height, width, size, seed) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
     def weights(length):
@@ -88,20 +88,20 @@ def test_bilinear_equals_its_definition(height, width, size, seed):
     np.testing.assert_allclose(resized(pixels, size), expected, atol=2e-3)
 
 
-def test_mixed_sizes_keep_their_places(random_pixels):
+def test_mixed_sizes_keep_their_places(random_pixels) -> None:
     images = [random_pixels(seed, height, 7) for seed, height in enumerate([5, 9, 5, 8, 9, 5])]
     together = to_batch(images, Preprocessing(8))
     for place, image in enumerate(images):
         torch.testing.assert_close(together[place], to_batch([image], Preprocessing(8))[0], rtol=0, atol=0)
 
 
-def test_many_large_images_are_cut_into_chunks(random_pixels):
+def test_many_large_images_are_cut_into_chunks(random_pixels) -> None:
     images = [random_pixels(seed, 300, 200) for seed in range(12)]
     batch = to_batch(images, Preprocessing(16))
     torch.testing.assert_close(batch[11], to_batch(images[11:], Preprocessing(16))[0], rtol=0, atol=0)
 
 
-def test_batch_layout_and_precision(random_pixels):
+def test_batch_layout_and_precision(random_pixels) -> None:
     images = [random_pixels(seed) for seed in range(3)]
     exact = to_batch(images, Preprocessing(10))
     assert exact.shape == (3, 3, 10, 10)
@@ -110,17 +110,17 @@ def test_batch_layout_and_precision(random_pixels):
     torch.testing.assert_close(rounded, exact.to(torch.bfloat16), rtol=0, atol=0)
 
 
-def test_empty_batch():
+def test_empty_batch() -> None:
     assert to_batch([], Preprocessing(4)).shape == (0, 3, 4, 4)
 
 
-def test_bilinear_workers_hand_on_the_stored_size(random_pixels, encode):
+def test_bilinear_workers_hand_on_the_stored_size(random_pixels, encode) -> None:
     pixels = random_pixels(0, 9, 4)
     np.testing.assert_array_equal(prepare(EncodedImage(encode(pixels), "a"), Preprocessing(32)), pixels)
 
 
 @pytest.mark.parametrize("resize", ["bilinear", "bicubic"])
-def test_an_image_of_the_right_size_is_left_alone(resize, random_pixels):
+def test_an_image_of_the_right_size_is_left_alone(resize, random_pixels) -> None:
     pixels = random_pixels(0, 12, 12)
     preprocessing = Preprocessing(12, resize)
     batch = to_batch([prepare(pixels, preprocessing)], preprocessing)

@@ -28,7 +28,7 @@ def put(s3):
     return lambda key, data: client.put_object(Bucket="images", Key=key, Body=data)
 
 
-def root(s3, folder):
+def root(s3, folder) -> str:
     return f"s3://images/{folder}?endpoint_override={s3}&scheme=http"
 
 
@@ -80,7 +80,7 @@ _FILES = {"vtab1k": _archive, "folder": _folder, "parquet": _parquet, "webdatase
 
 
 @pytest.mark.parametrize("format", list(_FILES))
-def test_every_format_reads_from_an_object_store(format, stored, s3):
+def test_every_format_reads_from_an_object_store(format: str, stored, s3) -> None:
     pixels = stored(format)
     source = open_source(format, TASK, root(s3, format), {})
     for split in ("train", "test"):
@@ -92,7 +92,7 @@ def test_every_format_reads_from_an_object_store(format, stored, s3):
     assert source.provenance()["encoding"] == "PNG"
 
 
-def test_missing_objects_are_rows_like_missing_files(stored, put, s3):
+def test_missing_objects_are_rows_like_missing_files(stored, put, s3) -> None:
     stored("vtab1k")
     put("vtab1k/eurosat/test.txt", b"images/test/000009.png 1\nimages/test/000000.png 2\n")
     source = open_source("vtab1k", TASK, root(s3, "vtab1k"), {})
@@ -102,7 +102,7 @@ def test_missing_objects_are_rows_like_missing_files(stored, put, s3):
     assert decode(there).shape == (4, 6, 3)
 
 
-def test_roots_that_are_not_there(s3):
+def test_roots_that_are_not_there(s3) -> None:
     with pytest.raises(SourceUnavailable, match="are not at"):
         open_source("parquet", TASK, root(s3, "nowhere"), {})
     nobody = "s3://images/there?endpoint_override=127.0.0.1:9&scheme=http"  # nothing listens on this port
@@ -112,7 +112,7 @@ def test_roots_that_are_not_there(s3):
         open_source("parquet", TASK, "ftp://somewhere/else", {})
 
 
-def test_prepared_to_an_object_store(s3, encode, monkeypatch):
+def test_prepared_to_an_object_store(s3, encode, monkeypatch: pytest.MonkeyPatch) -> None:
     image = encode(np.full((2, 2, 3), 7, dtype=np.uint8))
     records = {"train": [{"image": image, "label": number % 10} for number in range(27_000)]}
     monkeypatch.setitem(RULES, "eurosat", _smaller(RULES["eurosat"]))

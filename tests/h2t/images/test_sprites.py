@@ -14,7 +14,7 @@ def white(shape, **others):
     return sprites.render(latents(shape, **others))[0, :, :, 0] == 255
 
 
-def test_images_are_binary_rgb():
+def test_images_are_binary_rgb() -> None:
     images = sprites.render(sprites.random_latents(200, seed=0))
     assert images.shape == (200, 64, 64, 3)
     assert images.dtype == np.uint8
@@ -22,7 +22,7 @@ def test_images_are_binary_rgb():
     assert (images == images[..., :1]).all()
 
 
-def test_upright_square_is_22_pixels_wide_at_scale_one_and_11_at_half():
+def test_upright_square_is_22_pixels_wide_at_scale_one_and_11_at_half() -> None:
     # The centre of place 0 is at pixel 16, so the square covers the pixel centres 5.5 to 26.5.
     rows, columns = np.nonzero(white(0, x=0, y=0))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (5, 26, 5, 26)
@@ -31,33 +31,33 @@ def test_upright_square_is_22_pixels_wide_at_scale_one_and_11_at_half():
     assert white(0, scale=0, x=0, y=0).sum() == 12 * 12
 
 
-def test_area_grows_with_the_square_of_the_scale():
+def test_area_grows_with_the_square_of_the_scale() -> None:
     for shape in range(sprites.N_SHAPES):
         areas = [white(shape, scale=scale, orientation=3).sum() for scale in range(sprites.N_SCALES)]
         np.testing.assert_allclose(np.sqrt(areas / areas[-1]), np.linspace(0.5, 1, 6), rtol=0.05)
 
 
-def test_ellipse_area_and_half_axes():
+def test_ellipse_area_and_half_axes() -> None:
     inside = white(1, x=0, y=0)
     np.testing.assert_allclose(inside.sum(), np.pi * 15 * 8, rtol=0.02)
     rows, columns = np.nonzero(inside)
     assert (np.ptp(columns) + 1, np.ptp(rows) + 1) == (30, 16)
 
 
-def test_heart_points_down_and_is_symmetric_left_to_right():
+def test_heart_points_down_and_is_symmetric_left_to_right() -> None:
     inside = white(2, x=0, y=0)[:, :32]
     np.testing.assert_array_equal(inside, inside[:, ::-1])
     widths = inside.sum(axis=1)[inside.any(axis=1)]
     assert widths[-1] < widths[: len(widths) // 2].max() / 3
 
 
-def test_full_turn_ends_where_it_began_and_a_heart_turns_in_between():
+def test_full_turn_ends_where_it_began_and_a_heart_turns_in_between() -> None:
     for shape in range(sprites.N_SHAPES):
         np.testing.assert_array_equal(white(shape, orientation=0), white(shape, orientation=39))
     assert (white(2, orientation=0) != white(2, orientation=20)).any()
 
 
-def test_positions_move_right_and_down_and_nothing_is_cut_off():
+def test_positions_move_right_and_down_and_nothing_is_cut_off() -> None:
     for shape in range(sprites.N_SHAPES):
         for orientation in range(sprites.N_ORIENTATIONS):
             corners = [white(shape, orientation=orientation, x=x, y=y) for x in (0, 31) for y in (0, 31)]
@@ -68,7 +68,7 @@ def test_positions_move_right_and_down_and_nothing_is_cut_off():
             assert corners[0][:32, :32].sum() == corners[0].sum()
 
 
-def test_random_latents_differ_are_seeded_and_cover_every_value():
+def test_random_latents_differ_are_seeded_and_cover_every_value() -> None:
     chosen = sprites.random_latents(2000, seed=1)
     np.testing.assert_array_equal(chosen, sprites.random_latents(2000, seed=1))
     assert (chosen != sprites.random_latents(2000, seed=2)).any()
@@ -78,7 +78,7 @@ def test_random_latents_differ_are_seeded_and_cover_every_value():
     assert [len(np.unique(column)) for column in chosen.T] == list(counts)
 
 
-def test_labels_are_vtabs_bins():
+def test_labels_are_vtabs_bins() -> None:
     all_orientations = np.array([[0, 0, orientation, 0, 0] for orientation in range(40)])
     widths = np.bincount(sprites.orientation_labels(all_orientations))
     assert widths.tolist() == [3, 2] * 8

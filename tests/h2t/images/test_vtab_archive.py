@@ -1,6 +1,7 @@
 """The VTAB-1k archive: written as people have it, read back, and broken."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ class Archive:
         self.write(f"{split}.txt", lines)
         return pixels
 
-    def write(self, name, lines):
+    def write(self, name, lines) -> None:
         """A list of images."""
         (self.base / name).write_text("\n".join(lines) + "\n")
 
@@ -44,7 +45,7 @@ class Archive:
 
 
 @pytest.fixture
-def archive(tmp_path, encode):
+def archive(tmp_path: Path, encode):
     def make(folder="oxford_iiit_pet"):
         return Archive(tmp_path / "vtab-1k", folder, encode)
 
@@ -52,7 +53,7 @@ def archive(tmp_path, encode):
 
 
 @pytest.mark.parametrize("task", VTAB_1K, ids=lambda task: task.name)
-def test_every_task_is_found_in_its_folder(task, archive):
+def test_every_task_is_found_in_its_folder(task, archive) -> None:
     made = archive(task.folder)
     pixels = made.add("train800val200", [1, 0, 1])
     made.add("test", [0])
@@ -63,7 +64,7 @@ def test_every_task_is_found_in_its_folder(task, archive):
 
 
 @pytest.mark.parametrize("folder", ["pets", "oxford_iiit_pet", "oxford_pets"])
-def test_folders_named_by_an_alias(folder, archive):
+def test_folders_named_by_an_alias(folder, archive) -> None:
     made = archive(folder)
     made.add("train800val200", [3])
     made.add("test", [4])
@@ -73,7 +74,7 @@ def test_folders_named_by_an_alias(folder, archive):
 @pytest.mark.parametrize(
     ("format", "options"), [("PNG", {}), ("JPEG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("GIF", {})]
 )
-def test_any_image_format(format, options, archive):
+def test_any_image_format(format: str, options, archive) -> None:
     made = archive()
     pixels = made.add("train800val200", [0, 1], format, **options)
     made.add("test", [0], format, **options)
@@ -83,7 +84,7 @@ def test_any_image_format(format, options, archive):
         np.testing.assert_array_equal(decoded, pixels[1])
 
 
-def test_file_order_is_kept_and_rows_are_random_access(archive):
+def test_file_order_is_kept_and_rows_are_random_access(archive) -> None:
     made = archive()
     pixels = made.add("train800val200", range(6))
     made.add("test", [0])
@@ -95,7 +96,7 @@ def test_file_order_is_kept_and_rows_are_random_access(archive):
     np.testing.assert_array_equal(np.stack([decode(image) for image in images]), pixels[[3, 4, 4]])
 
 
-def test_two_lists_stand_in_for_the_joint_one(archive):
+def test_two_lists_stand_in_for_the_joint_one(archive) -> None:
     made = archive()
     first, second = made.add("train800", [5, 6], seed=1), made.add("val200", [7], seed=2)
     made.add("test", [0])
@@ -110,7 +111,7 @@ def test_two_lists_stand_in_for_the_joint_one(archive):
     assert "not in the order of" in made.open(PETS).provenance()["rows"]
 
 
-def test_lossy_copies_are_recognised_by_content_not_by_name(archive):
+def test_lossy_copies_are_recognised_by_content_not_by_name(archive) -> None:
     made = archive("cifar")
     made.add("train800val200", [0, 1], "JPEG")
     made.add("test", [0])
@@ -123,14 +124,14 @@ def test_lossy_copies_are_recognised_by_content_not_by_name(archive):
 @pytest.mark.parametrize(
     ("options", "encoding"), [({}, "JPEG of quality 75, probably re-encoded"), ({"quality": 92}, "JPEG")]
 )
-def test_jpeg_of_a_task_that_was_jpeg_before(options, encoding, archive):
+def test_jpeg_of_a_task_that_was_jpeg_before(options, encoding: str, archive) -> None:
     made = archive()
     made.add("train800val200", [0], "JPEG", **options)
     made.add("test", [0])
     assert made.open(PETS).provenance()["encoding"] == encoding
 
 
-def test_lines_as_other_tools_write_them(archive):
+def test_lines_as_other_tools_write_them(archive) -> None:
     made = archive()
     made.add("train800val200", [0, 1])
     made.add("test", [0])
@@ -143,7 +144,7 @@ def test_lines_as_other_tools_write_them(archive):
     assert decode(source.read("train", [1])[0]).shape == (2, 2, 3)
 
 
-def test_bad_rows_are_listed_and_keep_their_places(archive):
+def test_bad_rows_are_listed_and_keep_their_places(archive) -> None:
     made = archive()
     made.add("train800val200", range(6))
     made.add("test", [0])
@@ -179,7 +180,7 @@ def test_bad_rows_are_listed_and_keep_their_places(archive):
         decode(missing)
 
 
-def test_paths_that_can_be_no_file(archive):
+def test_paths_that_can_be_no_file(archive) -> None:
     made = archive()
     made.add("train800val200", [0])
     made.add("test", [0])
@@ -201,7 +202,7 @@ def test_paths_that_can_be_no_file(archive):
     assert source.provenance()["encoding"] == "PNG"  # of the one row that is an image
 
 
-def test_empty_split_and_missing_lists(archive):
+def test_empty_split_and_missing_lists(archive) -> None:
     made = archive()
     made.add("train800val200", [0])
     (made.base / "test.txt").write_text("\n")
@@ -212,7 +213,7 @@ def test_empty_split_and_missing_lists(archive):
         made.open(PETS).labels("test")
 
 
-def test_a_mended_archive_is_read_anew(archive):
+def test_a_mended_archive_is_read_anew(archive) -> None:
     made = archive()
     made.add("train800val200", [0])
     made.add("test", [99])
@@ -221,7 +222,7 @@ def test_a_mended_archive_is_read_anew(archive):
     assert check_rows(made.open(PETS), PETS, "test") == []
 
 
-def test_a_task_of_a_users_own_counts_its_classes(archive):
+def test_a_task_of_a_users_own_counts_its_classes(archive) -> None:
     made = archive("mushrooms")
     made.add("train800val200", [0, 2])
     made.add("test", [4, 1])
@@ -230,7 +231,7 @@ def test_a_task_of_a_users_own_counts_its_classes(archive):
     assert check_rows(source, task, "test") == []
 
 
-def test_what_is_not_there(archive, tmp_path):
+def test_what_is_not_there(archive, tmp_path: Path) -> None:
     with pytest.raises(SourceUnavailable, match=r"no folder cifar/"):
         archive("dtd").open(CIFAR)
     with pytest.raises(SourceUnavailable, match="are not at"):
@@ -239,7 +240,7 @@ def test_what_is_not_there(archive, tmp_path):
         open_source("vtab1k", CIFAR, None, {})
 
 
-def test_roots_may_be_uris(archive):
+def test_roots_may_be_uris(archive) -> None:
     made = archive()
     pixels = made.add("train800val200", [0])
     made.add("test", [0])

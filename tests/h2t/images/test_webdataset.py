@@ -3,6 +3,7 @@
 import io
 import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ TASK = Task("dmlab_at_home", "DMLab", "other", 3, n_train=0)
 
 
 @pytest.fixture
-def shard(tmp_path, encode):
+def shard(tmp_path: Path, encode):
     """Writes members (name, bytes or text) to a tar file."""
 
     def write(path, members, format=tarfile.USTAR_FORMAT):
@@ -52,7 +53,7 @@ def brightness(source, split, rows):
 
 @pytest.mark.parametrize("format", ["webp", "png", "jpg"])
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_shards_as_on_the_hub(format, tar_format, shard, sample):
+def test_shards_as_on_the_hub(format: str, tar_format, shard, sample) -> None:
     shard("train/0.tar", [*sample("s0000000", 10, 2, format), *sample("s0000001", 20, 0, format)], tar_format)
     root = shard("test/0.tar", sample("s0000000", 30, 1, format), tar_format)
     (root / "train" / "nshards.txt").write_text("1")
@@ -64,7 +65,7 @@ def test_shards_as_on_the_hub(format, tar_format, shard, sample):
     assert check_rows(source, TASK, "train") == []
 
 
-def test_shards_and_samples_in_order(shard, sample):
+def test_shards_and_samples_in_order(shard, sample) -> None:
     for number in (0, 10, 2):
         members = [member for key in (5, 3) for member in sample(f"s{key}", 10 * number + key, 0)]
         shard(f"train/{number}.tar", members)
@@ -74,7 +75,7 @@ def test_shards_and_samples_in_order(shard, sample):
     assert brightness(source, "train", [5, 0, 3]) == [103, 5, 23]
 
 
-def test_members_in_either_order_folders_and_other_files(shard, sample):
+def test_members_in_either_order_folders_and_other_files(shard, sample) -> None:
     first, second = sample("deep/er/s0", 1, 1), sample("s1", 2, 2)
     members = [first[1], first[0], ("deep/er/s0.json", "{}"), second[0], ("s1.txt", "a maze"), second[1]]
     shard("train/0.tar", members)
@@ -84,7 +85,7 @@ def test_members_in_either_order_folders_and_other_files(shard, sample):
     assert brightness(source, "train", [0, 1]) == [1, 2]
 
 
-def test_folder_of_the_hubs_name(shard, sample):
+def test_folder_of_the_hubs_name(shard, sample) -> None:
     task = find_task("smallnorb_azi")
     for split in ("train", "test"):
         root = shard(f"wds_vtab-smallnorb_label_azimuth/{split}/0.tar", sample("s0", 9, 17))
@@ -93,7 +94,7 @@ def test_folder_of_the_hubs_name(shard, sample):
         open_source("webdataset", find_task("kitti"), str(root), {})
 
 
-def test_bad_samples(shard, sample):
+def test_bad_samples(shard, sample) -> None:
     good = sample("s0", 1, 0)
     members = [
         *good,
@@ -118,7 +119,7 @@ def test_bad_samples(shard, sample):
     assert [row.reason for row in check_rows(source, TASK, "test")] == ["the split has no images"]
 
 
-def test_a_cut_off_shard(shard, sample, tmp_path):
+def test_a_cut_off_shard(shard, sample, tmp_path: Path) -> None:
     root = shard("train/0.tar", [*sample("s0", 1, 0), *sample("s1", 2, 0)])
     path = tmp_path / "train" / "0.tar"
     path.write_bytes(path.read_bytes()[:700])
