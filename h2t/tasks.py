@@ -23,6 +23,11 @@ class Task:
     licence: str = ""  # shown to the user where not empty
     lossless: bool = False  # whether the original images are: a JPEG of one is not the paper's pixels
 
+    @property
+    def known(self) -> bool:
+        """Whether it is one of the published tasks, and not a user's own."""
+        return self.n_train > 0
+
 
 def _natural(
     name: str,

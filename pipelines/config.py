@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -20,7 +21,7 @@ from pydantic import (
 from h2t.errors import UserError
 from h2t.heads.spec import Precision
 from h2t.hyperparameters import Hyperparameters
-from h2t.images.formats import check_format
+from h2t.images.formats import check_format, find_format
 from h2t.methods import METHODS, find_method, search_space
 from h2t.tasks import DEMO, Group, Task, demo_task, find_task
 
@@ -88,18 +89,25 @@ class ImagesConfig(_Section):
 
 
 class TaskConfig(_Section):
-    """A task: a known name, or a user's own with its group, classes and images."""
+    """A task: a known one, or a user's own, which has images of its own and an unknown name or a group."""
 
+    # Before the name, which means something else with them.
+    group: Group | None = None
+    images: ImagesConfig | None = None
     name: str
     title: str | None = None
-    group: Group | None = None
     n_classes: Annotated[int, Field(ge=2)] | None = None
-    images: ImagesConfig | None = None
 
     @field_validator("name")
     @classmethod
-    def _known_or_usable_in_a_path(cls, name: str) -> str:
-        return find_task(name).name if _known(name) else _folder_name(name)
+    def _known_or_usable_in_a_path(cls, name: str, info: ValidationInfo) -> str:
+        own = info.data.get("group") and info.data.get("images")
+        return find_task(name).name if _known(name) and not own else _folder_name(name)
+
+    @property
+    def own(self) -> bool:
+        """Whether it is a user's, whatever its name."""
+        return self.images is not None and (self.group is not None or not _known(self.name))
 
 
 class Grid(_Section):
@@ -274,12 +282,12 @@ class Config(_Section):
 
         Raises UserError for a name that is neither known nor given its own images.
         """
-        config = next(task for task in self.tasks if task.name == name)
-        if config.images is not None and not _known(name):
+        config = self.task_settings(name)
+        if config.own:
             known = Task(name, name, "other", 0, n_train=0)
         else:
             known = find_task(name)
-            if self.task_images(name).format == "bundled":
+            if find_format(self.task_images(name).format).packaged:
                 if name not in [task.name for task in DEMO]:
                     raise UserError(
                         f"the images of {name} are in no package; expected where they are, such as "
@@ -293,9 +301,13 @@ class Config(_Section):
             n_classes=config.n_classes or known.n_classes,
         )
 
+    def task_settings(self, name: str) -> TaskConfig:
+        """What the recipe says of a task."""
+        return next(task for task in self.tasks if task.name == name)
+
     def task_images(self, name: str) -> ImagesConfig:
         """Where the images of a task come from: its own setting, or the recipe's."""
-        return next(task for task in self.tasks if task.name == name).images or self.images
+        return self.task_settings(name).images or self.images
 
     def search_space(self, method: str) -> list[Hyperparameters]:
         """The points of the search space of one method on frozen features."""

@@ -9,12 +9,13 @@ import numpy as np
 from h2t.backbones.pretrained import find_weights, name_in_timm, weights_identity
 from h2t.backbones.tap_reader import feature_layout
 from h2t.costs import measure_backbone
-from pipelines.artifacts import backbone_folder, features, features_key, manifest
+from pipelines.artifacts import backbone_folder, bad_rows, features, features_key, manifest, write_rows
 from pipelines.config import Config
 from pipelines.feature_files import FeatureTable, write_features
 from pipelines.products import Gap, RowFiles, Shard, count_rows, shards
 from pipelines.run_directory import RunDirectory
 from pipelines.run_record import package_versions
+from pipelines.schemas import BAD_ROWS
 from pipelines.session import Advance, Session, Step
 from pipelines.shard_stream import FeatureReader, load, process_shards
 from pipelines.task_data import TaskData
@@ -97,8 +98,18 @@ def make_manifests(session: Session, tasks: Sequence[str], advance: Advance) -> 
         session.run.write_json(name, content)
 
 
+def list_files_left_out(session: Session, tasks: Sequence[str], advance: Advance) -> None:
+    """Write which files lie among a task's images and are no rows."""
+    for task in map(session.tasks.__getitem__, tasks):
+        (name,) = bad_rows(task).units
+        rows = [asdict(row) | {"backbone": backbone_folder(session.config)} for row in task.left_out]
+        write_rows(session.run, name, BAD_ROWS, rows)
+
+
 STEPS = (
     Step("extract", "images", feature_products, make_features, count_rows),
+    Step("bad rows", "lists", lambda session: [bad_rows(task) for task in session.tasks.values()],
+         list_files_left_out, brief=True),
     Step("manifests", "manifests", lambda session: [manifest(task) for task in session.tasks.values()],
          make_manifests, brief=True),
 )  # fmt: skip

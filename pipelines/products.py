@@ -39,6 +39,24 @@ class Files:
 
 
 @dataclass(frozen=True)
+class KeyedFiles:
+    """Files of known names, beside files that other work leaves, which end in one of ``keys``."""
+
+    folder: str
+    keys: Sequence[str]
+    units: Mapping[str, Any]
+
+    def is_current(self, run: RunDirectory, name: str, location: str) -> bool:
+        """Whether it is one of these files, or ends in one of the keys."""
+        return name in self.units or name.removesuffix(".parquet").rpartition("-")[2] in self.keys
+
+    def missing(self, run: RunDirectory, present: Sequence[str]) -> list[Any]:
+        """Units of the files of known names that are not there."""
+        known = set(present)
+        return [unit for name, unit in self.units.items() if name not in known]
+
+
+@dataclass(frozen=True)
 class Gap:
     """Consecutive rows that no file of ``files`` holds."""
 

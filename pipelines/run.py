@@ -31,7 +31,10 @@ def run_stages(
     Raises UserError for what the user can mend, before any work where it can be known by then.
     """
     session = Session(config, RunDirectory(uri), console, address)
-    _ = session.tasks  # images that are not there are told before anything is written
+    for task in session.tasks.values():  # images that are not there are told before anything is written
+        if task.left_out:
+            first = task.left_out[0]
+            console.print(f"{task.name}: {len(task.left_out)} files, such as {first.path}: {first.reason}")
     write_record(config, session.run)
     seconds = {}
     for stage in stages:

@@ -52,4 +52,4 @@ BAD_ROWS = pa.schema([
     ("backbone", TEXT), ("task", TEXT), ("split", TEXT), ("index", pa.int32()), ("path", TEXT),
     ("reason", TEXT),
 ])  # fmt: skip
-"""One row per image that was left out."""
+"""One row per image that was left out; of a file that is no row at all the index is -1 and split empty."""

@@ -56,6 +56,8 @@ def process_shards(
         advance(row["n_images"] + len(row["bad"]), f"{row['task']}/{row['split']}")
     if session.config.on_bad_image == "refuse":
         refuse_bad_rows(bad)
+    elif bad:
+        session.console.print(f"{len(bad)} bad images left out, such as {bad[0].path}: {bad[0].reason}")
 
 
 def stream_shards(

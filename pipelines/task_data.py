@@ -9,6 +9,7 @@ import numpy as np
 
 from h2t.errors import UserError
 from h2t.folds import folds
+from h2t.images.classes import check_classes
 from h2t.images.formats import open_source
 from h2t.images.source import BadRow, Image, ImageSource, SourceSplit, check_rows
 from h2t.tasks import Task
@@ -22,7 +23,7 @@ class TaskData:
     """A task with its images opened; small enough to travel to every worker.
 
     ``sources``: by split, the source and what the split is called there; ``labels``: int32 [n] of each split;
-    ``bad_rows``: rows without a usable label or file.
+    ``bad_rows``: rows without a usable label or file; ``left_out``: files among the images that are no rows.
     """
 
     config: Config
@@ -30,6 +31,7 @@ class TaskData:
     sources: dict[Split, tuple[ImageSource, SourceSplit]]
     labels: dict[Split, np.ndarray]
     bad_rows: tuple[BadRow, ...] = ()
+    left_out: tuple[BadRow, ...] = ()
     identities: dict[Split, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -92,8 +94,8 @@ class TaskData:
 def open_task(config: Config, name: str) -> TaskData:
     """Open the images of one task and read its labels.
 
-    Raises UserError for images that are not there, an empty split, fewer images than folds, or bad rows where
-    the recipe refuses them.
+    Raises UserError for images that are not there, an empty split, classes that cannot be meant, fewer images
+    than folds, or bad rows where the recipe refuses them.
     """
     task, images = config.task(name), config.task_images(name)
     source = open_source(images.format, task, images.root, dict(images.options))
@@ -113,7 +115,10 @@ def open_task(config: Config, name: str) -> TaskData:
     ]
     if config.on_bad_image == "refuse":
         refuse_bad_rows(bad)
-    data = TaskData(config, task, sources, labels, tuple(bad))
+    stated = config.task_settings(name).n_classes is not None
+    check_classes(task, source.class_names(), labels, stated=stated)
+    left_out = tuple(BadRow(name, "", file.index, file.path, file.reason) for file in source.left_out())
+    data = TaskData(config, task, sources, labels, tuple(bad), left_out)
     data.fold(0)  # too few images for the folds are told now, not after the extraction
     return data
 

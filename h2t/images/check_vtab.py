@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from h2t.errors import UserError, unknown
-from h2t.images.formats import open_source
+from h2t.images.formats import FORMATS, ROOTED, open_source
 from h2t.images.remote import require_root
 from h2t.images.source import ImageSource, SourceSplit, SourceUnavailable, check_rows
 from h2t.tasks import VTAB_1K, Task
@@ -12,12 +12,6 @@ from h2t.tasks import VTAB_1K, Task
 Status = Literal["ready", "incomplete", "missing"]
 
 _SPLITS: tuple[SourceSplit, ...] = ("train", "test")
-_HOW_TO_GET = {
-    "vtab1k": "add {folder}/ from a copy of the VTAB-1k archive, or write Parquet: h2t prepare",
-    "parquet": "h2t prepare",
-    "webdataset": "add the shards of wds_vtab-{name} from a data set hub as {name}/train/ and {name}/test/",
-    "folder": "add images as {name}/train/<class>/ and {name}/test/<class>/",
-}
 
 
 @dataclass(frozen=True)
@@ -37,15 +31,15 @@ def check_root(root: str, format: str) -> list[TaskReadiness]:
     Raises:
         UserError: a format that is not kept at a root, or nothing at ``root``.
     """
-    if format not in _HOW_TO_GET:
-        raise unknown("image format", format, _HOW_TO_GET)
+    if format not in ROOTED:
+        raise unknown("image format", format, ROOTED)
     require_root(root, VTAB_1K[0], "the folder that holds the tasks")
     return [_check(task, root, format) for task in VTAB_1K]
 
 
 def _check(task: Task, root: str, format: str) -> TaskReadiness:
     expected = f"{task.n_train} + {task.n_test}"
-    how = _HOW_TO_GET[format].format(folder=task.folder, name=task.name)
+    how = FORMATS[format].advice.format(folder=task.folder, name=task.name)
     try:
         source = open_source(format, task, root, {})
     except SourceUnavailable:

@@ -45,6 +45,10 @@ class BundledSource:
         """Nothing: the images are checked by the packages' own installation."""
         return iter(())
 
+    def left_out(self) -> Iterator[RowProblem]:
+        """Nothing."""
+        return iter(())
+
     def class_names(self) -> tuple[str, ...]:
         """None: labels are numbers."""
         return ()

@@ -1,10 +1,13 @@
 """A folder of images: a sub-folder per class, with or without a train/ and a test/ above them."""
 
+import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
+from PIL import Image as PillowImage
+from pyarrow.fs import FileSystem, FileType
 
 from h2t.errors import UserError
 from h2t.images.identity import content_identity
@@ -13,6 +16,7 @@ from h2t.images.remote import (
     list_files,
     list_folders,
     natural_order,
+    no_such_split,
     open_root,
     read_files,
     require_root,
@@ -22,15 +26,17 @@ from h2t.images.source import EncodedImage, FileSource, Image, RowProblem, Sourc
 from h2t.tasks import Task
 
 _LAYOUT = "a folder with train/<class>/ and test/<class>/, or with <class>/ alone, of image files"
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Folders of these names side by side are parts of a data set and not its classes.
+_USUAL_PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "eval", "dev"}
 
 
 @dataclass(frozen=True)
 class FolderSource(FileSource):
     """Image files by class; labels are the places of the class names in natural order ('2' before '10').
 
-    Files of other suffixes than images' are no rows. Rows come sorted by path: shuffle them, since folds
-    are consecutive blocks.
+    All images below the folder of a class are of it, however deep. Files of endings that Pillow does not know
+    are no rows but told, and so are files beside the classes. Rows come sorted by path: shuffle them, since
+    folds are consecutive blocks.
     """
 
     root: str
@@ -38,10 +44,12 @@ class FolderSource(FileSource):
     task: Task
     test_fraction: float
     seed: int
+    train: str = "train"  # the splits' folders
+    test: str = "test"
 
     def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [n]."""
-        return _rows(self)[split][1]
+        return _rows(self, split)[1]
 
     def read(self, split: SourceSplit, rows: Sequence[int]) -> list[Image]:
         """Files as stored, of any format."""
@@ -51,18 +59,30 @@ class FolderSource(FileSource):
 
     def name(self, split: SourceSplit, row: int) -> str:
         """The path of the image."""
-        return _rows(self)[split][0][row]
+        return _rows(self, split)[0][row]
 
     def problems(self, split: SourceSplit) -> Iterator[RowProblem]:
-        """Nothing: rows are the files that were found."""
-        return iter(())
+        """Links to nothing."""
+        paths = _rows(self, split)[0]
+        for row, info in enumerate(open_root(self.root)[0].get_file_info(paths)):
+            if info.type == FileType.NotFound:
+                yield RowProblem(row, info.path, "a link to nothing")
+
+    def left_out(self) -> Iterator[RowProblem]:
+        """Files that are no rows, with the reason."""
+        folders = [self.folder]
+        if _has_splits(self):
+            folders = [f"{self.folder}/{getattr(self, split)}" for split in _splits(self)]
+        return (file for folder in folders for file in _listed(self, folder).left_out)
 
     def provenance(self) -> dict[str, str]:
         """Root, and how the test images were chosen."""
-        paths = _rows(self)["train"][0][:1]
+        paths = _rows(self, "train")[0][:1]
         encoding = describe_encoding(b"".join(read_files(open_root(self.root)[0], paths)), self.task)
         rule = (
-            "train/ and test/" if _has_splits(self) else f"{self.test_fraction} for testing, seed {self.seed}"
+            f"{self.train}/ and {self.test}/"
+            if _has_splits(self)
+            else f"{self.test_fraction} for testing, seed {self.seed}"
         )
         return {
             "source": "folder",
@@ -74,7 +94,7 @@ class FolderSource(FileSource):
 
     def identity(self, split: SourceSplit) -> str:
         """The content of the images of a split."""
-        paths, labels = _rows(self)[split]
+        paths, labels = _rows(self, split)
         return content_identity(open_root(self.root)[0], self.folder, paths, labels, self.class_names())
 
     def class_names(self) -> tuple[str, ...]:
@@ -82,16 +102,26 @@ class FolderSource(FileSource):
         return _class_names(self)
 
 
-def open_folder(task: Task, root: str | None, *, test_fraction: float = 0.2, seed: int = 0) -> FolderSource:
+def open_folder(
+    task: Task,
+    root: str | None,
+    *,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    train: str = "train",
+    test: str = "test",
+) -> FolderSource:
     """A task's images in a folder (or in a sub-folder of the task's name).
 
     Args:
-        test_fraction: share of each class that is kept for testing where there is no ``test/``.
+        test_fraction: share of each class that is kept for testing where there is no folder ``test``.
         seed: of that choice.
+        train: name of the folder of the training images.
+        test: likewise of the test images.
 
     Raises:
-        SourceUnavailable: nothing there.
-        UserError: a share outside (0, 1), or a negative seed.
+        SourceUnavailable: nothing there, or folders of splits under other names.
+        UserError: a share outside (0, 1), a negative seed, or a file name that is not UTF-8.
     """
     if not 0 < test_fraction < 1:
         raise UserError(f"test_fraction: expected a number between 0 and 1, got {test_fraction}")
@@ -99,11 +129,28 @@ def open_folder(task: Task, root: str | None, *, test_fraction: float = 0.2, see
         raise UserError(f"seed: expected 0 or more, got {seed}")
     root = require_root(root, task, _LAYOUT)
     filesystem, base = open_root(root)
-    folder = base if "train" in list_folders(filesystem, base) else task_folder(root, task) or base
-    source = FolderSource(root, folder, task, test_fraction, seed)
-    if not any(paths for paths, _ in _rows(source).values()):
+    folder = base if train in list_folders(filesystem, base) else task_folder(root, task) or base
+    _refuse_other_splits(filesystem, folder, train, test)
+    source = FolderSource(root, folder, task, test_fraction, seed, train, test)
+    if not any(_rows(source, split)[0] for split in _splits(source)):
         raise SourceUnavailable(f"no folders of classes with images in {folder}: expected {_LAYOUT}")
     return source
+
+
+def _refuse_other_splits(filesystem: FileSystem, folder: str, train: str, test: str) -> None:
+    """Raise SourceUnavailable for splits of other names, which would be taken for classes."""
+    found = list_folders(filesystem, folder)
+    if train not in found and (test in found or (len(found) > 1 and _USUAL_PARTS.issuperset(found))):
+        raise SourceUnavailable(
+            f"{folder} holds the folders {', '.join(found)}: expected {train} and {test}. Say which of them "
+            "are which with images.options.train and images.options.test (such as test: val), or give a "
+            "folder of classes alone, of which a share is kept for testing"
+        )
+    for name in found if train not in found else []:
+        if inner := _USUAL_PARTS.intersection(list_folders(filesystem, f"{folder}/{name}")):
+            raise SourceUnavailable(
+                f"{folder}/{name} holds a folder {min(inner)}, so it is no class: expected {_LAYOUT}"
+            )
 
 
 @lru_cache(maxsize=32)
@@ -112,42 +159,69 @@ def _class_names(source: FolderSource) -> tuple[str, ...]:
     if not _has_splits(source):
         return tuple(list_folders(filesystem, source.folder))
     names = {
-        name for split in ("train", "test") for name in list_folders(filesystem, f"{source.folder}/{split}")
+        name
+        for split in (source.train, source.test)
+        for name in list_folders(filesystem, f"{source.folder}/{split}")
     }
     return tuple(sorted(names, key=natural_order))
 
 
 def _has_splits(source: FolderSource) -> bool:
-    return "train" in list_folders(open_root(source.root)[0], source.folder)
+    return source.train in list_folders(open_root(source.root)[0], source.folder)
 
 
-@lru_cache(maxsize=32)
-def _rows(source: FolderSource) -> dict[SourceSplit, tuple[list[str], np.ndarray]]:
-    """Paths and labels of both splits."""
+def _splits(source: FolderSource) -> list[SourceSplit]:
+    """The splits that are there: the folds of a cross-validation may have training images alone."""
+    found = list_folders(open_root(source.root)[0], source.folder)
+    return ["train"] if source.train in found and source.test not in found else ["train", "test"]
+
+
+def _rows(source: FolderSource, split: SourceSplit) -> tuple[list[str], np.ndarray]:
+    """Paths and labels of a split."""
     if _has_splits(source):
-        return {
-            "train": _listed(source, f"{source.folder}/train"),
-            "test": _listed(source, f"{source.folder}/test"),
-        }
-    paths, labels = _listed(source, source.folder)
-    for_testing = _chosen_for_testing(labels, source.test_fraction, source.seed)
-    return {
-        "train": (
-            [path for path, test in zip(paths, for_testing, strict=True) if not test],
-            labels[~for_testing],
-        ),
-        "test": ([path for path, test in zip(paths, for_testing, strict=True) if test], labels[for_testing]),
-    }
+        if split not in _splits(source):
+            found = list_folders(open_root(source.root)[0], source.folder)
+            raise no_such_split(found, source.folder, split, getattr(source, split))
+        listed = _listed(source, f"{source.folder}/{getattr(source, split)}")
+        return listed.paths, listed.labels
+    listed = _listed(source, source.folder)
+    for_testing = _chosen_for_testing(listed.labels, source.test_fraction, source.seed)
+    chosen = for_testing if split == "test" else ~for_testing
+    return [listed.paths[row] for row in np.flatnonzero(chosen)], listed.labels[chosen]
 
 
-def _listed(source: FolderSource, folder: str) -> tuple[list[str], np.ndarray]:
+@dataclass(frozen=True)
+class _Listed:
+    """Images below the folders of the classes and their labels, and what else is there."""
+
+    paths: list[str]
+    labels: np.ndarray
+    left_out: list[RowProblem]
+
+
+@lru_cache(maxsize=64)
+def _listed(source: FolderSource, folder: str) -> _Listed:
     filesystem, _ = open_root(source.root)
-    of_class = [
-        list_files(filesystem, f"{folder}/{name}", _SUFFIXES, recursive=False)
-        for name in _class_names(source)
-    ]
-    labels = np.repeat(np.arange(len(of_class), dtype=np.int32), [len(paths) for paths in of_class])
-    return [path for paths in of_class for path in paths], labels
+    paths: list[str] = []
+    labels: list[int] = []
+    beside = list_files(filesystem, folder, recursive=False)
+    left_out = [RowProblem(-1, path, "left out: not in the folder of a class") for path in beside]
+    for label, name in enumerate(_class_names(source)):
+        for path in list_files(filesystem, f"{folder}/{name}"):
+            ending = posixpath.splitext(path)[1].lower()
+            if ending in _image_endings():
+                paths.append(path)
+                labels.append(label)
+            else:
+                reason = f"left out: '{ending}' is no ending of an image file that Pillow reads"
+                left_out.append(RowProblem(-1, path, reason))
+    return _Listed(paths, np.array(labels, dtype=np.int32), left_out)
+
+
+@cache
+def _image_endings() -> frozenset[str]:
+    readable = PillowImage.registered_extensions().items()
+    return frozenset(ending for ending, format in readable if format in PillowImage.OPEN)
 
 
 def _chosen_for_testing(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

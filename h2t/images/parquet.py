@@ -1,20 +1,30 @@
 """Parquet files of image bytes and integer labels, as data set hubs and ``h2t prepare`` write them."""
 
+import json
+import posixpath
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow.fs import FileType
 
 from h2t.errors import UserError, unknown
 from h2t.images.identity import content_identity
 from h2t.images.lossy import describe_encoding
-from h2t.images.remote import of_split, open_root, require_root, shards, task_folder
+from h2t.images.remote import (
+    no_such_split,
+    of_split,
+    open_root,
+    read_files,
+    require_root,
+    shards,
+    task_folder,
+)
 from h2t.images.source import EncodedImage, FileSource, Image, RowProblem, SourceSplit, SourceUnavailable
 from h2t.tasks import Task
 
@@ -59,9 +69,18 @@ class ParquetSource(FileSource):
             column = _image_column(self, listed.files[file], int(group))
             for position in np.flatnonzero((place == (file, group)).all(axis=1)):
                 row = int(chosen[position])
-                data = column[int(listed.row[row])].as_py() or b""
-                images[position] = EncodedImage(data, listed.name(row))
+                images[position] = self._image(column[int(listed.row[row])].as_py(), listed, row)
         return images
+
+    def _image(self, stored: bytes | dict[str, Any] | None, listed: "_Listed", row: int) -> EncodedImage:
+        """Bytes as they stand in the file, or of the file beside it that the row names instead."""
+        if not isinstance(stored, dict):
+            return EncodedImage(stored or b"", listed.name(row))
+        path = _beside(listed.files[listed.file[row]], stored.get("path"))
+        if stored.get("bytes") or not path:
+            return EncodedImage(stored.get("bytes") or b"", listed.name(row))
+        (data,) = read_files(open_root(self.root)[0], [path])
+        return EncodedImage(data, path)
 
     def name(self, split: SourceSplit, row: int) -> str:
         """File, row group and row."""
@@ -81,8 +100,13 @@ class ParquetSource(FileSource):
         """The content of the files that hold the split, and which column holds the images."""
         listed = _rows(self, split)
         used = [listed.files[file] for file in np.unique(listed.file)]
+        used += [path for file in used for path in _paths_beside(self, file)]
         options = (self.image, _name(self, split))
         return content_identity(open_root(self.root)[0], self.folder, used, listed.labels, *options)
+
+    def class_names(self) -> tuple[str, ...]:
+        """Those that the Hugging Face library writes into the files it makes; else none."""
+        return _class_names(self)
 
     def provenance(self) -> dict[str, str]:
         """Root and encoding of the first image."""
@@ -108,13 +132,14 @@ def open_parquet(
     """A task's images in a Parquet file, in a folder of them, or in a sub-folder of the task's name.
 
     Args:
-        image: column of image bytes (binary, or a struct with a field ``bytes``).
+        image: column of images: their bytes (binary), or a struct with fields ``bytes`` and ``path``, of
+            which the path counts where there are no bytes, relative to the file that names it.
         label: integer column.
         train: name of the training split in file names or in the column ``split``.
         test: likewise for the test split.
 
     Raises:
-        SourceUnavailable: nothing there.
+        SourceUnavailable: nothing there; later, when they are listed, for a split without files.
     """
     root = require_root(root, task, _LAYOUT, may_be_file=True)
     filesystem, path = open_root(root)
@@ -164,7 +189,11 @@ def _files_of(source: ParquetSource, split: SourceSplit) -> list[str]:
     paths = shards(filesystem, source.folder, ".parquet", (source.train, source.test))
     named = {name: of_split(paths, source.folder, name) for name in (source.train, source.test)}
     # Where no file is named after a split, every file may hold rows of both, told apart by a column.
-    return named[_name(source, split)] if any(named.values()) else paths
+    if not any(named.values()):
+        return paths
+    if not named[_name(source, split)]:
+        raise no_such_split(paths, source.folder, split, _name(source, split))
+    return named[_name(source, split)]
 
 
 def _name(source: ParquetSource, split: SourceSplit) -> str:
@@ -187,15 +216,16 @@ def _rows_of_file(source: ParquetSource, path: str, split: SourceSplit) -> dict[
     # A column of that name that holds something else, such as a name, does not number the rows.
     if _INDEX_COLUMN in names and pa.types.is_integer(table.schema.field(_INDEX_COLUMN).type):
         columns["index"] = table.column(_INDEX_COLUMN).cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
+    named = [name for name in (source.train, source.test) if of_split([path], source.folder, name)]
+    if named == [_name(source, split)]:
+        return columns  # a column 'split' of such a file means something else, such as folds
     if _SPLIT_COLUMN in names:
         wanted = np.array(table.column(_SPLIT_COLUMN).to_pylist(), dtype=object) == _name(source, split)
         return {name: column[wanted] for name, column in columns.items()}
     # Without either, every row would be for training and for testing.
-    if not of_split([path], source.folder, _name(source, split)):
-        raise UserError(
-            f"{path} is not named after a split and has no column '{_SPLIT_COLUMN}': expected {_LAYOUT}"
-        )
-    return columns
+    raise UserError(
+        f"{path} is not named after one split and has no column '{_SPLIT_COLUMN}': expected {_LAYOUT}"
+    )
 
 
 def _labels_or_minus_one(column: pa.ChunkedArray) -> np.ndarray:
@@ -226,23 +256,65 @@ def _column(schema: pa.Schema, path: str, stated: str, usual: Sequence[str], wha
 # A shard's rows mostly sit in one row group, and the next shard's in the same one or the next.
 @lru_cache(maxsize=2)
 def _image_column(source: ParquetSource, path: str, group: int) -> pa.ChunkedArray:
-    """Image bytes of a row group: binary [n]."""
+    """Images of a row group: binary [n], or struct [n] with fields ``bytes`` and ``path`` or one of them."""
     with _reading(source.root, path) as file:
         field = _image_field(file.schema_arrow, path, source.image)
-        if _is_bytes(field.type):
-            return file.read_row_group(group, [field.name]).column(field.name)
-        return pc.struct_field(
-            file.read_row_group(group, [f"{field.name}.bytes"]).column(field.name), "bytes"
-        )
+        columns = [field.name] if _is_bytes(field.type) else _columns_of_struct(field)
+        return file.read_row_group(group, columns).column(field.name)
+
+
+def _columns_of_struct(field: pa.Field) -> list[str]:
+    return [f"{field.name}.{name}" for name in ("bytes", "path") if field.type.get_field_index(name) >= 0]
+
+
+def _paths_beside(source: ParquetSource, path: str) -> list[str]:
+    """The files that rows without bytes name."""
+    with _reading(source.root, path) as file:
+        field = _image_field(file.schema_arrow, path, source.image)
+        if _is_bytes(field.type) or field.type.get_field_index("path") < 0:
+            return []
+        if not _lacks_bytes(file, f"{field.name}.bytes"):
+            return []
+        rows = file.read(_columns_of_struct(field)).column(field.name).to_pylist()
+    found = (_beside(path, row["path"]) for row in rows if row and not row.get("bytes"))
+    return [name for name in found if name]
+
+
+def _lacks_bytes(file: pq.ParquetFile, column: str) -> bool:
+    """Whether some row may lack bytes, by the statistics of the file."""
+    for group in range(file.metadata.num_row_groups):
+        chunks = map(file.metadata.row_group(group).column, range(file.metadata.num_columns))
+        counted = [chunk.statistics for chunk in chunks if chunk.path_in_schema == column]
+        if not counted or counted[0] is None or counted[0].null_count != 0:
+            return True
+    return False
+
+
+def _beside(file: str, path: str | None) -> str:
+    """A path relative to the folder of a file; empty for none."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(file), path)) if path else ""
+
+
+@lru_cache(maxsize=32)
+def _class_names(source: ParquetSource) -> tuple[str, ...]:
+    with _reading(source.root, _files_of(source, "train")[0]) as file:
+        written = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+        label = _label_column(file.schema_arrow, source.folder, source.label)
+    try:
+        names = json.loads(written)["info"]["features"][label]["names"]
+    except (ValueError, KeyError, TypeError):
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _image_field(schema: pa.Schema, path: str, stated: str) -> pa.Field:
-    """The column of images: binary, or a struct with a field ``bytes``."""
+    """The column of images: binary, or a struct with fields ``bytes`` and ``path`` or one of them."""
     field = schema.field(_column(schema, path, stated, _IMAGE_COLUMNS, "image"))
-    if _is_bytes(field.type) or (pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0):
+    if _is_bytes(field.type) or (pa.types.is_struct(field.type) and _columns_of_struct(field)):
         return field
     raise UserError(
-        f"column '{field.name}' of {path} is {field.type}: expected binary, or a struct with a field 'bytes'"
+        f"column '{field.name}' of {path} is {field.type}: expected binary, or a struct with a field 'bytes' "
+        "or 'path'"
     )
 
 

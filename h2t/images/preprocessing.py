@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image as PillowImage
+from PIL import PngImagePlugin
 
 from h2t.images.source import BadImage, Image
 
@@ -95,6 +96,9 @@ def _resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
 
 # 16-bit grey to 8-bit: 65535 / 255, so that black and white stay black and white.
 _SIXTEEN_TO_EIGHT = 257
+_SMALLEST_PEAK = 2**13  # an image of 16 bits whose values all lie below this may have been made with fewer
+# Pillow refuses a PNG with a colour profile, which we don't use, or a text of more than 1 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 
 
 def decode(image: Image) -> np.ndarray:
@@ -105,8 +109,9 @@ def decode(image: Image) -> np.ndarray:
     pipeline; of an animation the first frame counts; the orientation tag of EXIF is ignored, as officially.
 
     Raises:
-        BadImage: no bytes, not an image, damaged, too large to be one, floating-point pixels, or an array
-            that is not uint8 [height, width, 3].
+        BadImage: no bytes, not an image, damaged, too large to be one, floating-point pixels, 16-bit grey
+            that uses an eighth of its range and would lose most of its levels, or an array that is not uint8
+            [height, width, 3].
     """
     if isinstance(image, np.ndarray):
         return _checked_array(image)
@@ -115,6 +120,8 @@ def decode(image: Image) -> np.ndarray:
     try:
         with PillowImage.open(io.BytesIO(image.data)) as opened:
             pixels = _to_rgb(opened)
+    except PillowImage.UnidentifiedImageError:  # whose own words name a BytesIO
+        raise BadImage(image.path, f"not an image: it begins with {image.data[:24]!r}") from None
     # Pillow's readers raise almost anything on damaged bytes, SyntaxError and struct.error among them.
     except Exception as error:
         raise BadImage(image.path, f"cannot be decoded: {error or type(error).__name__}") from error
@@ -143,4 +150,11 @@ def _from_sixteen_bits(grey: np.ndarray) -> np.ndarray:
     if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
         raise ValueError(f"expected 16-bit grey in 0..65535, got values in {values.min()}..{values.max()}")
     eight_bits = ((values + _SIXTEEN_TO_EIGHT // 2) // _SIXTEEN_TO_EIGHT).astype(np.uint8)
+    # Sensors of 12 bits, and 8-bit values in wide pixels. A range guessed image by image would make equal
+    # things unequal, so there is no guess.
+    if values.max() < _SMALLEST_PEAK and len(np.unique(values)) > 2 * len(np.unique(eight_bits)):
+        raise ValueError(
+            f"16-bit grey with values up to {values.max()} alone, of which {len(np.unique(eight_bits))} grey "
+            "levels would stay; expected values that use 0..65535, or an 8-bit image"
+        )
     return np.repeat(eight_bits[:, :, None], 3, axis=2)

@@ -1,5 +1,7 @@
 """Files of image sources, on any file system that pyarrow opens (local, s3://, gs://)."""
 
+import os
+import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,16 +65,42 @@ def require_root(root: str | None, task: Task, layout: str, *, may_be_file: bool
     return root
 
 
-def list_files(
-    filesystem: FileSystem, folder: str, suffixes: Iterable[str], recursive: bool = True
-) -> list[str]:
-    """Paths of the files under a folder with one of the suffixes, '2' before '10'; hidden ones left out."""
-    endings = tuple(suffixes)
-    infos = filesystem.get_file_info(FileSelector(folder, recursive=recursive, allow_not_found=True))
-    paths = [
-        info.path for info in infos if info.type == FileType.File and info.path.lower().endswith(endings)
-    ]
-    return sorted((path for path in paths if not _is_hidden(path[len(folder) :])), key=natural_order)
+def list_files(filesystem: FileSystem, folder: str, suffix: str = "", recursive: bool = True) -> list[str]:
+    """Paths of the files under a folder, links to nothing among them, '2' before '10'.
+
+    Names that begin with a dot are hidden: such files and folders are left out.
+
+    Raises:
+        UserError: a name that is not UTF-8.
+    """
+    if isinstance(filesystem, LocalFileSystem):
+        paths = _list_local(folder, recursive)
+    else:
+        infos = filesystem.get_file_info(FileSelector(folder, recursive=recursive, allow_not_found=True))
+        paths = [info.path for info in infos if info.type != FileType.Directory]
+    paths = [path for path in paths if path.lower().endswith(suffix) and not is_hidden(path[len(folder) :])]
+    return sorted(paths, key=natural_order)
+
+
+def _list_local(folder: str, recursive: bool) -> list[str]:
+    """What is there; pyarrow would leave out links to nothing and stop at names that it can't read."""
+    paths = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        for name in [*folders, *files]:
+            _check_utf8(parent, name)
+        paths += [posixpath.join(parent, name) for name in files]
+        if not recursive:
+            break
+    return paths
+
+
+def _check_utf8(folder: str, name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        # Python writes bytes that are no UTF-8 as lone surrogates, which no terminal or table can show.
+        shown = os.fsencode(name).decode(errors="backslashreplace")
+        raise UserError(f"{folder}: expected names in UTF-8, got '{shown}'; rename that file") from None
 
 
 def shards(filesystem: FileSystem, folder: str, suffix: str, split_names: Sequence[str]) -> list[str]:
@@ -85,21 +113,40 @@ def shards(filesystem: FileSystem, folder: str, suffix: str, split_names: Sequen
         for name in list_folders(filesystem, folder)
         if name in _UNNAMED_FOLDERS or any(of_split([name], "", split) for split in split_names)
     ]
-    below = [path for name in folders for path in list_files(filesystem, f"{folder}/{name}", [suffix])]
-    return list_files(filesystem, folder, [suffix], recursive=False) + below
+    below = [path for name in folders for path in list_files(filesystem, f"{folder}/{name}", suffix)]
+    return list_files(filesystem, folder, suffix, recursive=False) + below
 
 
 def list_folders(filesystem: FileSystem, folder: str) -> list[str]:
-    """Names of the folders in a folder, '2' before '10'; hidden ones left out."""
-    infos = filesystem.get_file_info(FileSelector(folder, allow_not_found=True))
-    names = [info.base_name for info in infos if info.type == FileType.Directory]
-    return sorted((name for name in names if not _is_hidden(f"/{name}")), key=natural_order)
+    """Names of the folders in a folder, '2' before '10'; hidden ones left out.
+
+    Raises:
+        UserError: a name that is not UTF-8.
+    """
+    if isinstance(filesystem, LocalFileSystem):
+        names = next(os.walk(folder), ("", [], []))[1]
+        for name in names:
+            _check_utf8(folder, name)
+    else:
+        infos = filesystem.get_file_info(FileSelector(folder, allow_not_found=True))
+        names = [info.base_name for info in infos if info.type == FileType.Directory]
+    return sorted((name for name in names if not is_hidden(name)), key=natural_order)
 
 
 def of_split(paths: Iterable[str], base: str, split_name: str) -> list[str]:
     """Those of ``paths`` that name the split as a word below ``base``: 'train-01.parquet', 'train/a.tar'."""
     word = re.compile(rf"(^|[/_.=-]){re.escape(split_name)}([/_.-]|\d|$)")
     return [path for path in paths if word.search(path[len(base) :])]
+
+
+def no_such_split(found: Sequence[str], base: str, split: str, name: str) -> SourceUnavailable:
+    """The error for a split of which nothing is found, ``found`` being what there is instead."""
+    shown = ", ".join(path.removeprefix(base).lstrip("/") for path in found[:10])
+    more = ", …" if len(found) > 10 else ""
+    return SourceUnavailable(
+        f"no '{name}' for the {split} split in {base}, which has {shown}{more}; say which to take with "
+        f"images.options.{split} (such as {split}: validation)"
+    )
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:
@@ -136,5 +183,6 @@ def read_text(filesystem: FileSystem, path: str) -> str | None:
         return None
 
 
-def _is_hidden(relative: str) -> bool:
-    return any(part.startswith((".", "_")) for part in relative.split("/") if part)
+def is_hidden(relative: str) -> bool:
+    """Whether a file or a folder that it lies in has a name that begins with a dot."""
+    return any(part.startswith(".") for part in relative.split("/"))

@@ -53,6 +53,10 @@ class ImageSource(Protocol):
         """Rows whose label or file cannot be had, found without opening an image."""
         ...
 
+    def left_out(self) -> Iterator[RowProblem]:
+        """Files among the images that are no rows, of index -1."""
+        ...
+
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes in label order; none where the source has none."""
         ...
@@ -74,6 +78,10 @@ class FileSource:
     """
 
     opened: int = field(default_factory=time.time_ns)
+
+    def left_out(self) -> Iterator[RowProblem]:
+        """Nothing, unless a source finds other files where its images lie."""
+        return iter(())
 
     def class_names(self) -> tuple[str, ...]:
         """None, unless a source knows them: labels are numbers."""

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files of samples ``<key>.<png|jpg|jpeg|webp>`` and ``<key>.cls``, as on the hub.
+"""WebDataset shards: tar files of samples ``<key>.<png|jpg|…>`` and ``<key>.cls``, as on the hub.
 
 Tar files are read with the standard library: a first pass over the headers notes where every image starts,
 and images are then read at random.
@@ -7,7 +7,7 @@ and images are then read at random.
 import io
 import posixpath
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,12 +16,20 @@ from pyarrow.fs import FileSystem
 
 from h2t.images.identity import content_identity
 from h2t.images.lossy import describe_encoding
-from h2t.images.remote import of_split, open_root, require_root, shards, task_folder
+from h2t.images.remote import (
+    is_hidden,
+    no_such_split,
+    of_split,
+    open_root,
+    require_root,
+    shards,
+    task_folder,
+)
 from h2t.images.source import EncodedImage, FileSource, Image, RowProblem, SourceSplit, SourceUnavailable
 from h2t.tasks import Task
 
 _LAYOUT = "a folder with train/*.tar and test/*.tar of images and .cls files"
-_SUFFIXES = ("webp", "png", "jpg", "jpeg")
+_SUFFIXES = ("webp", "png", "jpg", "jpeg", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
 _PREFIXES = ("", "wds_vtab-", "wds_")
 # One read of an object store brings many headers, and small images with them.
 _HEADER_BUFFER = 1 << 20
@@ -36,6 +44,8 @@ class WebDatasetSource(FileSource):
     task: Task
     train: str = "train"  # the splits' names in the paths of shards
     test: str = "test"
+    image: str = ""  # the part of a sample that is the image; "" = the one with an ending of an image
+    label: str = ""  # likewise the label; "" = cls
 
     def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [n], -1 where a sample has no label or one that is no integer."""
@@ -62,7 +72,7 @@ class WebDatasetSource(FileSource):
         first_row: dict[str, int] = {}
         for row, sample in enumerate(_samples(self, split)):
             if not sample.size:
-                yield RowProblem(row, sample.path, f"no image: expected one of {', '.join(_SUFFIXES)}")
+                yield RowProblem(row, sample.path, "no image, or several: expected one")
             if sample.label < 0:
                 yield RowProblem(row, sample.path, "no .cls file with a non-negative integer")
             if first_row.setdefault(sample.path, row) != row:
@@ -72,7 +82,7 @@ class WebDatasetSource(FileSource):
         """The content of the shards that hold the split."""
         samples = _samples(self, split)
         paths = list(dict.fromkeys(sample.shard for sample in samples))
-        return content_identity(open_root(self.root)[0], self.folder, paths, self.labels(split))
+        return content_identity(open_root(self.root)[0], self.folder, paths, self.labels(split), self.image)
 
     def provenance(self) -> dict[str, str]:
         """Root and encoding of the first image."""
@@ -87,23 +97,31 @@ class WebDatasetSource(FileSource):
 
 
 def open_webdataset(
-    task: Task, root: str | None, *, train: str = "train", test: str = "test"
+    task: Task,
+    root: str | None,
+    *,
+    train: str = "train",
+    test: str = "test",
+    image: str = "",
+    label: str = "",
 ) -> WebDatasetSource:
     """A task's shards in a folder, or in a sub-folder of the task's name ('wds_vtab-<name>' too).
 
     Args:
         train: name of the training split in the paths of shards.
         test: likewise for the test split.
+        image: the part of a sample's files that is the image, such as ``jpg`` or ``left.png``.
+        label: likewise the label, a file of one integer.
 
     Raises:
-        SourceUnavailable: nothing there.
+        SourceUnavailable: nothing there; later, when they are listed, for a split without shards.
     """
     root = require_root(root, task, _LAYOUT)
     filesystem, base = open_root(root)
     folder = task_folder(root, task, _PREFIXES) or base
     if not shards(filesystem, folder, ".tar", (train, test)):
         raise SourceUnavailable(f"no tar files of {task.name} in {folder}: expected {_LAYOUT}")
-    return WebDatasetSource(root, folder, task, train, test)
+    return WebDatasetSource(root, folder, task, train, test, image.lower(), label.lower())
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,20 +140,37 @@ def _samples(source: WebDatasetSource, split: SourceSplit) -> tuple[_Sample, ...
     filesystem, _ = open_root(source.root)
     names = {"train": source.train, "test": source.test}
     paths = shards(filesystem, source.folder, ".tar", tuple(names.values()))
-    of_this = of_split(paths, source.folder, names[split])
-    return tuple(sample for shard in of_this for sample in _samples_of_shard(filesystem, shard))
-
-
-def _samples_of_shard(filesystem: FileSystem, shard: str) -> list[_Sample]:
-    """Consecutive members of one key are a sample; a key that comes back later is a second one."""
+    parts: set[str] = set()
     samples: list[_Sample] = []
+    of_this = of_split(paths, source.folder, names[split])
+    if not of_this:
+        raise no_such_split(paths, source.folder, split, names[split])
+    for shard in of_this:
+        samples += _samples_of_shard(source, filesystem, shard, parts)
+    if samples and not any(sample.size for sample in samples):
+        expected = source.image or ", ".join(_SUFFIXES)
+        raise SourceUnavailable(
+            f"no images in the {split} shards of {source.folder}: expected samples with one of the parts "
+            f"{expected}, got {', '.join(sorted(parts)[:20])}; say which is the image with "
+            "images.options.image, and which the label with images.options.label"
+        )
+    return tuple(samples)
+
+
+def _samples_of_shard(
+    source: WebDatasetSource, filesystem: FileSystem, shard: str, parts: set[str]
+) -> list[_Sample]:
+    """Consecutive members of one key are a sample; a key that comes back later is a second one."""
     try:
         with (
             filesystem.open_input_file(shard) as file,
             tarfile.open(fileobj=io.BufferedReader(file, _HEADER_BUFFER), mode="r:") as archive,
         ):
-            for key, members in _by_key(archive):
-                samples.append(_sample(shard, key, members, archive))
+            # Archives of macOS have a hidden companion of each file.
+            members = [m for m in archive if m.isfile() and not is_hidden(posixpath.normpath(m.name))]
+            by_key = _by_key(members, source.image)
+            samples = [_sample(source, shard, key, by_part, archive) for key, by_part in by_key]
+            parts |= {part for _, by_part in by_key for part in by_part}
             # tarfile takes damage in the middle, and an end without its mark, for the end.
             if file.read_at(tarfile.BLOCKSIZE, archive.offset) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no header and no end mark at byte {archive.offset}")
@@ -144,28 +179,55 @@ def _samples_of_shard(filesystem: FileSystem, shard: str) -> list[_Sample]:
     return samples
 
 
-def _by_key(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Key and members by suffix of each sample, which ends where the key changes or a suffix comes again."""
-    key = ""
-    members: dict[str, tarfile.TarInfo] = {}
-    for member in archive:
-        if not member.isfile():
-            continue
-        folder, name = posixpath.split(member.name)
-        stem, _, suffix = name.partition(".")
-        if members and (posixpath.join(folder, stem) != key or suffix.lower() in members):
-            yield key, members
-            members = {}
-        key = posixpath.join(folder, stem)
-        members[suffix.lower()] = member
-    if members:
-        yield key, members
+def _by_key(members: Sequence[tarfile.TarInfo], image: str) -> list[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Key and members by part of each sample, which ends where the key changes or a part comes again.
+
+    The key ends at the first dot, as in the library WebDataset, unless that gives samples of several images:
+    then keys have dots themselves, and end at the last. ``image``: the part that is the image, if stated.
+    """
+    samples = _grouped(members, str.partition)
+    if any(image in by_part for _, by_part in samples):
+        return samples
+    if any(len(_images(by_part)) > 1 for _, by_part in samples):
+        return _grouped(members, str.rpartition)
+    return samples
 
 
-def _sample(shard: str, key: str, members: dict[str, tarfile.TarInfo], archive: tarfile.TarFile) -> _Sample:
-    image = next((members[suffix] for suffix in _SUFFIXES if suffix in members), None)
+def _grouped(
+    members: Sequence[tarfile.TarInfo], cut: Callable[[str, str], tuple[str, str, str]]
+) -> list[tuple[str, dict[str, tarfile.TarInfo]]]:
+    samples: list[tuple[str, dict[str, tarfile.TarInfo]]] = []
+    for member in members:
+        folder, name = posixpath.split(posixpath.normpath(member.name))
+        stem, _, part = cut(name, ".")
+        key, part = posixpath.join(folder, stem), part.lower()
+        if not samples or key != samples[-1][0] or part in samples[-1][1]:
+            samples.append((key, {}))
+        samples[-1][1][part] = member
+    return samples
+
+
+def _images(by_part: Mapping[str, tarfile.TarInfo]) -> list[str]:
+    """Parts that are images: 'png', or 'left.png' where no part is called 'png' alone."""
+    return [part for part in _SUFFIXES if part in by_part][:1] or _ending_in(by_part, _SUFFIXES)
+
+
+def _ending_in(by_part: Mapping[str, tarfile.TarInfo], endings: Sequence[str]) -> list[str]:
+    return [part for part in by_part if part.rpartition(".")[2] in endings]
+
+
+def _sample(
+    source: WebDatasetSource,
+    shard: str,
+    key: str,
+    by_part: Mapping[str, tarfile.TarInfo],
+    archive: tarfile.TarFile,
+) -> _Sample:
+    images = [source.image] if source.image else _images(by_part)
+    labels = [source.label] if source.label else ["cls"] if "cls" in by_part else _ending_in(by_part, ["cls"])
+    image, label = (by_part.get(parts[0]) if len(parts) == 1 else None for parts in (images, labels))
     offset, size = (image.offset_data, image.size) if image else (0, 0)
-    return _Sample(f"{shard}#{key}", shard, offset, size, _label(archive, members.get("cls")))
+    return _Sample(f"{shard}#{key}", shard, offset, size, _label(archive, label))
 
 
 def _label(archive: tarfile.TarFile, member: tarfile.TarInfo | None) -> int:

@@ -1,5 +1,6 @@
 """Decoding: every kind of image that data sets hold, and those that are no images."""
 
+import io
 import pickle
 import struct
 from contextlib import suppress
@@ -110,7 +111,7 @@ def test_bad_files_name_themselves(random_pixels, encode) -> None:
     png, jpeg = encode(random_pixels(0, 64, 64)), encode(random_pixels(0, 64, 64), "JPEG")
     damaged = {
         "missing or empty file": b"",
-        "cannot identify image file": b"<html>404</html>",
+        "not an image: it begins with b'<html>": b"<html>404</html>",
         "cannot be decoded": png[: len(png) // 2],
         "truncated": jpeg[: len(jpeg) // 2],
         "broken": png[:60] + bytes(40) + png[100:],
@@ -159,3 +160,31 @@ def test_an_impossible_size_is_bad(encode) -> None:
 def test_bad_image_survives_pickling_between_workers() -> None:
     error = pickle.loads(pickle.dumps(BadImage("a.png", "damaged")))  # noqa: S301
     assert (error.path, error.reason, str(error)) == ("a.png", "damaged", "a.png: damaged")
+
+
+def test_a_large_colour_profile_is_no_reason_to_refuse_a_good_image(random_pixels) -> None:
+    pixels, written = random_pixels(0, 8, 8), io.BytesIO()
+    profile = np.random.default_rng(0).bytes(2_000_000)
+    Image.fromarray(pixels).save(written, "PNG", icc_profile=profile)
+    np.testing.assert_array_equal(decode(EncodedImage(written.getvalue(), "a.png")), pixels)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "peak", "format"),
+    [("uint16", 4095, "PNG"), ("int32", 255, "TIFF"), ("uint16", 8000, "TIFF")],
+)
+def test_a_fraction_of_sixteen_bits_is_refused_instead_of_losing_its_levels(dtype, peak, format) -> None:
+    written = io.BytesIO()
+    values = np.linspace(0, peak, 64 * 64).reshape(64, 64).astype(dtype)
+    Image.fromarray(values).save(written, format)
+    with pytest.raises(BadImage, match=f"values up to {peak} alone, of which .* grey levels would stay"):
+        decode(EncodedImage(written.getvalue(), "a"))
+
+
+@pytest.mark.parametrize("values", [np.full((4, 4), 300), np.linspace(0, 65535, 4096).reshape(64, 64)])
+def test_other_images_of_sixteen_bits_are_read(values) -> None:
+    """All of one grey, which loses nothing; and the whole range."""
+    written = io.BytesIO()
+    Image.fromarray(values.astype(np.uint16)).save(written, "PNG")
+    pixels = decode(EncodedImage(written.getvalue(), "a"))
+    assert len(np.unique(pixels)) == min(256, len(np.unique(values)))

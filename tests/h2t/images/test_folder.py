@@ -1,5 +1,6 @@
 """Folders of images, a class each."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -76,19 +77,24 @@ def test_rows_are_mixed_for_consecutive_folds_unless_told_otherwise(tree) -> Non
     assert open_source("folder", TASK, str(root), {"shuffle": 1}).labels("train").tolist() != mixed.tolist()
 
 
-def test_other_files_are_no_rows_and_other_tasks_no_classes(tree, tmp_path: Path) -> None:
+def test_other_files_are_no_rows_but_told_and_other_tasks_are_no_classes(tree, tmp_path: Path) -> None:
     root = tree("birds/crow/a.PNG", "birds/crow/.hidden.png", "birds/crow/b.png", "fish/train/cod/a.png")
     (tmp_path / "birds" / "crow" / "notes.txt").write_text("seen at dawn")
     (tmp_path / "birds" / "list.csv").write_text("a,b")
     source = open_source("folder", TASK, str(root), {"test_fraction": 0.5})
     assert len(source.labels("train")) == len(source.labels("test")) == 1
+    assert [(Path(file.path).name, file.reason) for file in source.left_out()] == [
+        ("list.csv", "left out: not in the folder of a class"),
+        ("notes.txt", "left out: '.txt' is no ending of an image file that Pillow reads"),
+    ]
     absent = Task("snakes", "Snakes", "other", 0)
-    with pytest.raises(SourceUnavailable, match="no folders of classes with images"):
+    with pytest.raises(SourceUnavailable, match=r"fish holds a folder train, so it is no class: expected"):
         open_source("folder", absent, str(root), {})
 
 
-def test_an_empty_split_and_too_many_classes(tree) -> None:
+def test_an_empty_split_and_too_many_classes(tree, tmp_path: Path) -> None:
     root = tree("train/crow/a.png", "train/owl/a.png", "train/tit/a.png")
+    (tmp_path / "test").mkdir()
     two_classes = Task("birds", "Birds", "other", 2)
     source = open_source("folder", two_classes, str(root), {})
     assert [row.reason for row in check_rows(source, two_classes, "test")] == ["the split has no images"]
@@ -96,6 +102,62 @@ def test_an_empty_split_and_too_many_classes(tree) -> None:
     assert row.path.endswith("train/tit/a.png")
     assert row.reason == "label 2 is out of range: expected 0 to 1"
     assert source.labels("train")[row.index] == 2
+
+
+def test_every_image_is_used_whatever_the_names_of_files_and_folders_and_however_deep(tree) -> None:
+    root = tree(
+        "train/_background_noise_/_DSC0001.JPG", "train/_background_noise_/a.jfif",
+        "train/owl/images/_MG_1.jpg", "train/owl/images/deeper/b.jp2", "train/owl/c.png", "test/owl/d.avif",
+    )  # fmt: skip
+    source = open_source("folder", TASK, str(root), {})
+    assert source.class_names() == ("_background_noise_", "owl")
+    assert by_label(source, "train") == {0: [0, 1], 1: [2, 3, 4]}
+    assert by_label(source, "test") == {1: [5]}
+
+
+def test_links_to_nothing_are_bad_rows(tree) -> None:
+    root = tree("train/crow/a.png", "train/owl/a.png", "test/owl/a.png")
+    (root / "train" / "owl" / "b.png").symlink_to(root / "moved" / "b.png")
+    source = open_source("folder", TASK, str(root), {"shuffle": 1})
+    (row,) = check_rows(source, TASK, "train")
+    assert row.path.endswith("train/owl/b.png")
+    assert row.reason == "a link to nothing"
+    assert source.name("train", row.index) == row.path
+
+
+@pytest.mark.parametrize("place", ["train/owl", "train/owl/nested", "train"])
+def test_a_name_that_is_not_utf8_is_named(place: str, tree) -> None:
+    root = tree("train/crow/a.png", "train/owl/nested/a.png", "test/owl/a.png")
+    Path(os.fsdecode(os.fsencode(root / place) + b"/ma\xf1ana.png")).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{place}: expected names in UTF-8, got 'ma\\xf1ana\.png'"):
+        open_source("folder", TASK, str(root), {}).labels("train")
+
+
+def test_splits_of_other_names(tree) -> None:
+    root = tree("train/crow/a.png", "train/owl/a.png", "val/owl/a.png")
+    source = open_source("folder", TASK, str(root), {})
+    assert source.labels("train").tolist() == [0, 1]
+    message = (
+        r"no 'test' for the test split in .*, which has train, val; say which to take with images"
+    )
+    with pytest.raises(SourceUnavailable, match=message):
+        source.labels("test")
+    source = open_source("folder", TASK, str(root), {"test": "val"})
+    assert source.labels("test").tolist() == [1]
+
+
+def test_no_images_at_all(tmp_path: Path) -> None:
+    (tmp_path / "train" / "crow").mkdir(parents=True)
+    with pytest.raises(SourceUnavailable, match="no folders of classes with images"):
+        open_source("folder", TASK, str(tmp_path), {})
+
+
+def test_folders_of_splits_are_not_taken_for_classes(tree) -> None:
+    root = tree("training/crow/a.png", "training/owl/a.png", "validation/owl/a.png")
+    with pytest.raises(SourceUnavailable, match="holds the folders training, validation: expected train and"):
+        open_source("folder", TASK, str(root), {})
+    source = open_source("folder", TASK, str(root), {"train": "training", "test": "validation"})
+    assert source.labels("train").tolist() == [0, 1]
 
 
 def test_wrong_settings(tree, tmp_path: Path) -> None:

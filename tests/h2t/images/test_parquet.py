@@ -1,5 +1,6 @@
 """Parquet of images as hubs write it, and as people do."""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -168,10 +169,10 @@ def test_files_that_are_something_else(tmp_path: Path, noise) -> None:
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         opened(tmp_path).labels("train")
     pq.write_table(flat(images, [0, 1]), path)
-    with pytest.raises(UserError, match="not named after a split and has no column 'split'"):
+    with pytest.raises(UserError, match="not named after one split and has no column 'split'"):
         opened(path).labels("train")
     path.rename(tmp_path / "birds.parquet")
-    with pytest.raises(UserError, match="not named after a split and has no column 'split'"):
+    with pytest.raises(UserError, match="not named after one split and has no column 'split'"):
         opened(tmp_path).labels("test")
 
 
@@ -237,3 +238,80 @@ def test_large_binary_and_a_seeded_part(tmp_path: Path, noise) -> None:
     assert part.labels("test").tolist() != opened(tmp_path, shuffle=5).labels("train").tolist()
     assert part.provenance()["order"] == "shuffled, seed 5, first 8 of train"
     assert opened(tmp_path, n_test=2).labels("test").tolist() == [0, 1]
+
+
+def test_images_beside_the_file_that_names_them(tmp_path: Path, noise) -> None:
+    pixels, images = noise(3)
+    (tmp_path / "images").mkdir()
+    for number in (0, 2):
+        (tmp_path / "images" / f"{number}.png").write_bytes(images[number])
+    stored = [
+        {"bytes": None, "path": "images/0.png"},
+        {"bytes": images[1], "path": "1.png"},
+        {"bytes": None, "path": "images/2.png"},
+        {"bytes": None, "path": "images/lost.png"},
+        {"bytes": None, "path": None},
+    ]
+    for name in ("train", "test"):
+        pq.write_table(pa.table({"image": stored, "label": [0, 1, 0, 1, 0]}), tmp_path / f"{name}.parquet")
+    source = opened(tmp_path)
+    np.testing.assert_array_equal(pixels_of(source, "train", [0, 1, 2]), pixels)
+    for row, name in ((3, "images/lost.png"), (4, "train.parquet#0:4")):
+        with pytest.raises(BadImage, match=f"{name}: missing or empty file"):
+            decode(source.read("train", [row])[0])
+    before = source.identity("train")
+    (tmp_path / "images" / "2.png").write_bytes(images[0])
+    assert opened(tmp_path).identity("train") != before
+
+
+def test_structs_of_paths_alone(tmp_path: Path, noise) -> None:
+    pixels, images = noise(2)
+    for number, image in enumerate(images):
+        (tmp_path / f"{number}.png").write_bytes(image)
+    table = pa.table({"image": [{"path": "0.png"}, {"path": "1.png"}], "label": [0, 1]})
+    for name in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    np.testing.assert_array_equal(pixels_of(opened(tmp_path), "test", [1, 0]), pixels[::-1])
+
+
+def test_a_column_split_of_files_that_are_named_after_splits_is_another_one(tmp_path: Path, noise) -> None:
+    for name in ("train-0", "test-0"):
+        table = flat(noise(3)[1], [0, 1, 2], split=["fold0", "fold1", "train"])
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    assert opened(tmp_path).labels("train").tolist() == opened(tmp_path).labels("test").tolist() == [0, 1, 2]
+
+
+def test_a_split_of_another_name(tmp_path: Path, noise) -> None:
+    for name in ("train", "validation"):
+        pq.write_table(flat(noise(2)[1], [0, 1]), tmp_path / f"{name}-0.parquet")
+    assert opened(tmp_path).labels("train").tolist() == [0, 1]
+    with pytest.raises(SourceUnavailable, match=r"no 'test' for the test split in .*, which has train-0\.p"):
+        opened(tmp_path).labels("test")
+    assert opened(tmp_path, test="validation").labels("test").tolist() == [0, 1]
+
+
+def test_names_of_classes_that_the_hugging_face_library_writes(tmp_path: Path, noise) -> None:
+    features = {"label": {"names": ["crow", "owl"], "_type": "ClassLabel"}}
+    written = {"huggingface": json.dumps({"info": {"features": features}})}
+    for name in ("train", "test"):
+        table = flat(noise(2)[1], [0, 1]).replace_schema_metadata(written)
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    assert opened(tmp_path).class_names() == ("crow", "owl")
+
+
+def test_a_map_of_labels(tmp_path: Path, noise) -> None:
+    for name, labels in (("train", [9203, 17, 17]), ("test", [17, 9203, 5])):
+        pq.write_table(flat(noise(3)[1], labels), tmp_path / f"{name}.parquet")
+    source = opened(tmp_path, label_map={"17": "crow", "9203": "owl"})
+    assert source.labels("train").tolist() == [1, 0, 0]
+    assert source.class_names() == ("crow", "owl")
+    (row,) = check_rows(source, FLOWERS, "test")
+    assert (row.index, row.reason) == (2, "label 5 is not in label_map")
+    compact = opened(tmp_path, label_map="compact")
+    assert compact.labels("test").tolist() == [1, 2, 0]
+    assert compact.class_names() == ("5", "17", "9203")
+    assert len({source.identity("train"), compact.identity("train"), opened(tmp_path).identity("train")}) == 3
+    assert opened(tmp_path, label_map={"9203": "owl", "17": "crow"}).labels("train").tolist() == [0, 1, 1]
+    for wrong in ("yes", {"17": "crow"}, {"17": "crow", "owl": "9203"}):
+        with pytest.raises(UserError, match="label_map: expected"):
+            opened(tmp_path, label_map=wrong)

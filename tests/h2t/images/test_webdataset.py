@@ -111,7 +111,7 @@ def test_bad_samples(shard, sample) -> None:
     bad = {row.index: row.reason for row in check_rows(source, TASK, "train")}
     assert bad == {
         1: "no .cls file with a non-negative integer",
-        2: "no image: expected one of webp, png, jpg, jpeg",
+        2: "no image, or several: expected one",
         3: "no .cls file with a non-negative integer",
         4: "label 3 is out of range: expected 0 to 2",
         5: "key occurs twice, first as row 0",
@@ -137,3 +137,36 @@ def test_a_cut_off_shard(shard, sample, tmp_path: Path) -> None:
     path.write_text("<html>404</html>" * 100)
     with pytest.raises(UserError, match=r"train/0\.tar is not a whole tar file"):
         open_source("webdataset", TASK, str(root), {}).labels("train")
+
+
+def test_hidden_companions_of_macos_and_paths_from_a_dot(shard, sample) -> None:
+    members = [(f"{folder}{name}", data) for folder in ("./._", "./") for name, data in sample("s0", 7, 1)]
+    shard("test/0.tar", members)
+    root = shard("train/0.tar", [*members, ("__MACOSX/._s1.webp", b"x")])
+    source = open_source("webdataset", TASK, str(root), {})
+    assert source.labels("train").tolist() == [1]
+    assert brightness(source, "train", [0]) == [7]
+
+
+def test_keys_with_dots_and_parts_of_several_words(shard, sample) -> None:
+    shard("train/0.tar", [*sample("img.0001", 1, 0), *sample("img.0002", 2, 1)])
+    root = shard("test/0.tar", [("s0.input.webp", sample("", 9, 0)[0][1]), ("s0.cls", "2")])
+    source = open_source("webdataset", TASK, str(root), {})
+    assert source.labels("train").tolist() == [0, 1]
+    assert brightness(source, "train", [0, 1]) == [1, 2]
+    assert source.name("train", 1).endswith("0.tar#img.0002")
+    assert source.labels("test").tolist() == [2]
+    assert brightness(source, "test", [0]) == [9]
+
+
+def test_parts_of_other_names(shard, sample) -> None:
+    (_, left), (_, right) = (sample("", value, 0)[0] for value in (1, 2))
+    members = [("s0.left.webp", left), ("s0.right.webp", right), ("s0.label.txt", "1")]
+    root = shard("train/0.tar", members)
+    shard("test/0.tar", [("s0.npy", b"1"), ("s0.label.txt", "1")])
+    stated = {"image": "right.webp", "label": "label.txt"}
+    source = open_source("webdataset", TASK, str(root), stated)
+    assert source.labels("train").tolist() == [1]
+    assert brightness(source, "train", [0]) == [2]
+    with pytest.raises(SourceUnavailable, match=r"no images in the test shards of .* got label\.txt, npy; s"):
+        open_source("webdataset", TASK, str(root), {}).labels("test")
