@@ -6,7 +6,7 @@ that holds the rest. Equal heads give equal bytes. A fine-tuned model is what ``
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
@@ -22,13 +22,12 @@ from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import feature_layout
 from h2t.errors import UserError
-from h2t.extraction import extract_features, prepared_batches, preprocessing_for
+from h2t.extraction import AnyImage, extract_features, prepared_batches, preprocessing_for
 from h2t.features import FeatureLayout
 from h2t.finetuning import MODEL, FinetuneOptions, TrainableModel, load_model, predict_logits, read_metadata
 from h2t.head2toe import Head, logits
 from h2t.hyperparameters import Hyperparameters
 from h2t.images.preprocessing import Preprocessing
-from h2t.images.source import Image
 
 FORMAT = "head2toe-head-2"
 ENTRY = "head"
@@ -137,12 +136,15 @@ class Adapter:
         model, _ = load_model(data, backbone, options, settings["cls_token"])
         return cls(backbone, model, **settings)
 
-    def predict(self, images: Sequence[Image | str | Path], batch_size: int = 50) -> Prediction:
-        """Classes and probabilities of images: encoded, files, or uint8 arrays [height, width, 3]."""
+    def predict(self, images: Iterable[AnyImage], batch_size: int = 50) -> Prediction:
+        """Classes and probabilities of images of any kind (see :data:`h2t.extraction.AnyImage`).
+
+        Raises UserError for anything else, such as a single one, and BadImage for what cannot be decoded.
+        """
         probabilities = softmax(self._logits(images, batch_size), axis=1)
         return Prediction(self.classes[probabilities.argmax(1)], probabilities)
 
-    def _logits(self, images: Sequence[Image | str | Path], batch_size: int) -> np.ndarray:
+    def _logits(self, images: Iterable[AnyImage], batch_size: int) -> np.ndarray:
         preprocessing = self.preprocessing
         if isinstance(self.head, TrainableModel):
             batches = prepared_batches(images, preprocessing, batch_size)

@@ -1,18 +1,26 @@
 """From images to features, for as many as fit in memory."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image as PillowImage
 
 from h2t.backbones.loading import Backbone, input_config
 from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import TapReader, feature_layout
 from h2t.errors import UserError, unknown
-from h2t.images.preprocessing import Preprocessing, Resize, prepare, to_batch
+from h2t.images.preprocessing import Preprocessing, Resize, prepare, rgb_pixels, to_batch
 from h2t.images.source import EncodedImage, Image
+
+AnyImage = Image | str | Path | bytes | BinaryIO | PillowImage.Image
+"""What users have: a path, encoded bytes or an open file of them, Pillow's image, or uint8 [h, w, 3]."""
+
+_KINDS = (EncodedImage, np.ndarray, str, os.PathLike, bytes, PillowImage.Image)
+_EXPECTED = "a path, encoded bytes, an open file, a Pillow image or a NumPy array uint8 [height, width, 3]"
 
 Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and standard deviation
 
@@ -49,7 +57,7 @@ def _preprocessing(
 
 def extract_features(
     backbone: Backbone,
-    images: Sequence[Image | str | Path],
+    images: Iterable[AnyImage],
     target_size: int,
     *,
     preprocessing: Preprocessing | None = None,
@@ -58,8 +66,9 @@ def extract_features(
 ) -> np.ndarray:
     """Raw features float32 [n, n_features] of images, in the order of ``feature_layout``.
 
-    For as many images as fit in memory; the pipelines stream the rest. Raises UserError for a single path.
+    For as many images as fit in memory; the pipelines stream the rest. Raises as :func:`prepared_batches`.
     """
+    images = listed_images(images)
     preprocessing = preprocessing or preprocessing_for(backbone)
     batches = prepared_batches(images, preprocessing, batch_size)
     weight = next(backbone.model.parameters())
@@ -74,22 +83,42 @@ def extract_features(
 
 
 def prepared_batches(
-    images: Sequence[Image | str | Path], preprocessing: Preprocessing, batch_size: int
+    images: Iterable[AnyImage], preprocessing: Preprocessing, batch_size: int
 ) -> Iterator[list[np.ndarray]]:
-    """Images, or those of files, as :func:`h2t.images.preprocessing.prepare` leaves them, batch by batch.
+    """Images as :func:`h2t.images.preprocessing.prepare` leaves them, batch by batch.
 
-    Raises UserError for a single path, and, when its turn comes, for a file that cannot be read.
+    Raises UserError for anything but images, such as a single one, and, when its turn comes, for a file that
+    cannot be read; BadImage for what is no image.
     """
-    if isinstance(images, str | os.PathLike):
-        raise UserError(f"expected a list of images, got one path; write ['{images}']")
-    starts = range(0, len(images), batch_size)
-    batches = (images[start : start + batch_size] for start in starts)
-    return ([prepare(_opened(image), preprocessing) for image in batch] for batch in batches)
+    listed = listed_images(images)
+    batches = (listed[start : start + batch_size] for start in range(0, len(listed), batch_size))
+    return ([prepare(image, preprocessing) for image in map(_opened, batch)] for batch in batches)
 
 
-def _opened(image: Image | str | Path) -> Image:
-    if not isinstance(image, str | os.PathLike):
+def listed_images(images: Iterable[AnyImage]) -> list[AnyImage]:
+    """A list of images. Raises UserError for one image, and for members that are none."""
+    one = isinstance(images, str | bytes | os.PathLike | PillowImage.Image | EncodedImage)
+    if one or hasattr(images, "read") or not isinstance(images, Iterable):
+        shown = f"'{images}'" if isinstance(images, str | os.PathLike) else f"one {type(images).__name__}"
+        raise UserError(f"expected a list of images, got {shown}; put it into [ ]")
+    listed = list(images)
+    for position, image in enumerate(listed):
+        if not isinstance(image, _KINDS) and not hasattr(image, "read"):
+            raise UserError(
+                f"image {position}: expected {_EXPECTED}, got {type(image).__module__}.{type(image).__name__}"
+            )
+    return listed
+
+
+def _opened(image: AnyImage) -> Image:
+    if isinstance(image, EncodedImage | np.ndarray):
         return image
+    if isinstance(image, PillowImage.Image):
+        return rgb_pixels(image)
+    if isinstance(image, bytes):
+        return EncodedImage(image, "the given bytes")
+    if not isinstance(image, str | os.PathLike):
+        return EncodedImage(image.read(), str(getattr(image, "name", "the given file")))
     try:
         return EncodedImage(Path(image).read_bytes(), str(image))
     except OSError as error:

@@ -46,6 +46,13 @@ def backbone_folder(config: Config) -> str:
     return config.backbone.name.replace("/", "_").replace(":", "_")
 
 
+def identified_backbone(config: Config) -> dict[str, Any]:
+    """The recipe's section with the hash of the weights, so that no others will be taken for them."""
+    section = config.backbone
+    kind, _, digest = weights_identity(section.name, section.weights, section.sha256).partition(" ")
+    return section.model_dump(mode="json") | {"sha256": digest if kind == "sha256" else None}
+
+
 def task_columns(task: TaskData) -> dict[str, str]:
     """The columns that say which backbone and task a row is of."""
     return {"backbone": backbone_folder(task.config), "task": task.name, "group": task.task.group}

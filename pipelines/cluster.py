@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from h2t.errors import UserError
 from pipelines.config import Resources
 
 OBJECT_STORE_BYTES = 1 << 30
+# A socket's path has at most 107 bytes, of which Ray's own part, with the longest process number, takes 67.
+LONGEST_FOLDER = 40
+SHORT_FOLDER = "/tmp"
 SPARE_CPUS = 2  # logical CPUs for reading and decoding: actors that hold every CPU would starve those
 
 
@@ -58,8 +62,9 @@ class Cluster:
 def connect(address: str | None = None, cores: int | None = None) -> Cluster:
     """Connect to the cluster at ``address`` (or ``RAY_ADDRESS``), or start one on this machine.
 
-    Raises UserError when there is no cluster at the address.
+    Raises UserError when there is no cluster at the address, or that is one of the dashboard.
     """
+    _check_address(address, os.environ.get("RAY_ADDRESS"))
     address = address or os.environ.get("RAY_ADDRESS")
     cores = cores or available_cores()
     if not ray.is_initialized():
@@ -67,6 +72,31 @@ def connect(address: str | None = None, cores: int | None = None) -> Cluster:
     total = ray.cluster_resources()
     nodes = sum(node["Alive"] for node in ray.nodes())
     return Cluster(int(total.get("CPU", 0)), int(total.get("GPU", 0)), nodes, address is None, cores)
+
+
+def _check_address(given: str | None, in_environment: str | None) -> None:
+    """The dashboard's address, which ``ray job submit`` takes, is often found in the environment."""
+    address = given or in_environment or ""
+    if address.startswith(("http://", "https://")):
+        where = "--address" if given else "the environment variable RAY_ADDRESS"
+        raise UserError(
+            f"{where} is '{address}', which is for `ray job submit -- h2t …`; expected "
+            "auto, host:port of the head node (such as 10.0.0.1:6379) or ray://host:10001, or nothing to run "
+            "on this machine"
+        )
+
+
+def _temporary_folder() -> str | None:
+    """Where Ray puts its sessions, whose sockets must have short paths; None for its own choice."""
+    stated = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(stated)) <= LONGEST_FOLDER:
+        return None
+    if os.access(SHORT_FOLDER, os.W_OK):
+        return f"{SHORT_FOLDER}/ray"
+    raise UserError(
+        f"Ray cannot open sockets in '{stated}': expected a folder of at most {LONGEST_FOLDER} characters, "
+        f"got {len(stated)}; set RAY_TMPDIR to a shorter one"
+    )
 
 
 def _start(address: str | None, cores: int) -> None:
@@ -83,6 +113,7 @@ def _start(address: str | None, cores: int) -> None:
             num_cpus=cores + SPARE_CPUS,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=_temporary_folder(),
             **quiet,
         )
         return

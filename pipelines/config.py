@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import asdict, fields, is_dataclass, replace
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -53,6 +54,11 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def _absolute(path: str) -> str:
+    """Relative to the working directory, since workers have others."""
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 MethodName = Annotated[str, AfterValidator(lambda name: find_method(name).name)]
 
@@ -61,11 +67,18 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _weights(weights: str) -> str:
+    return weights if weights in ("auto", "random") else _absolute(weights)
+
+
 class BackboneConfig(_Section):
-    """Which frozen network is read, where its weights come from, and how images reach it."""
+    """Which frozen network is read, where its weights come from, and how images reach it.
+
+    Paths, here and elsewhere in a recipe, are relative to the working directory.
+    """
 
     name: str
-    weights: str = "auto"
+    weights: Annotated[str, AfterValidator(_weights)] = "auto"
     sha256: str | None = None
     image_size: Annotated[int, Field(ge=1, le=8192)] | None = None
     taps: str = "auto"
@@ -79,7 +92,7 @@ class ImagesConfig(_Section):
     """Where the images of the tasks come from."""
 
     format: str = "bundled"
-    root: str | None = None
+    root: Annotated[str, AfterValidator(_absolute)] | None = None
     options: dict[str, Any] = {}
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ The test split is read here alone, once: image → backbone → features → log
 method and seed → predictions. Test features are never stored.
 """
 
+import json
 import resource
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from pipelines.artifacts import (
     chosen_from_trials,
     features,
     heads,
+    identified_backbone,
     kept,
     predictions,
     read_manifest,
@@ -91,7 +93,7 @@ def train_together(
         for head in trained:
             if name := files.get((head.hyperparameters, head.seed)):
                 provenance = {
-                    "backbone": task.config.backbone.model_dump_json(),
+                    "backbone": json.dumps(identified_backbone(task.config)),
                     "task": task.name,
                     "train_seconds": f"{seconds:.3f}",
                     "peak_memory_bytes": str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),

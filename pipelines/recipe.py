@@ -150,6 +150,8 @@ def _explain(problem: Any) -> str:
         got = json.dumps(value)
         got = got if len(got) <= 80 else got[:80] + "…"
         message = f"expected {EXPECTED[kind].format(**problem.get('ctx', {}))}, got {got}"
+        if kind == "string_type" and isinstance(value, int | float):
+            message += f"; write it in quotes, as '{got}'"
     return f"{key}: {message}" if key else message
 
 

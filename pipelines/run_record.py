@@ -18,6 +18,18 @@ RECORD = "run.yaml"
 PACKAGES = ("head2toe-ray", "numpy", "pillow", "pyarrow", "ray", "timm", "torch")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that a reader of YAML 1.1 or 1.2 may take for a number or a date, such as 1e3."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = None if value[:1].isalpha() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def package_versions() -> dict[str, str]:
     """Versions of the packages that the numbers depend on."""
     return {name: version(name) for name in PACKAGES}
@@ -37,7 +49,7 @@ def write_record(config: Config, run: RunDirectory) -> None:
         "packages": package_versions(),
         "config": config.model_dump(mode="json"),
     }
-    run.write(RECORD, yaml.safe_dump(content, sort_keys=False).encode())
+    run.write(RECORD, yaml.dump(content, Dumper=_Dumper, sort_keys=False).encode())
 
 
 def read_record(run: RunDirectory) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""One thread, since sums in another order differ in the last digits, which goldens see; and an S3 server."""
+"""One thread, since sums in another order differ in the last digits, which goldens see; shared fixtures."""
 
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import boto3
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from PIL import Image
 
 torch.set_num_threads(1)
 
@@ -25,3 +28,16 @@ def s3() -> Iterator[str]:
             client.create_bucket(Bucket=bucket)
         yield f"{host}:{port}"
         server.stop()
+
+
+@pytest.fixture
+def encode() -> Callable[..., bytes]:
+    """Writes pixels, or a Pillow image, as the bytes of a file."""
+
+    def write(pixels: Any, format: str = "PNG", **options: Any) -> bytes:
+        image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+        buffer = io.BytesIO()
+        image.save(buffer, format=format, **options)
+        return buffer.getvalue()
+
+    return write

@@ -4,13 +4,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 from pyarrow.fs import FileInfo, FileSystem, FileType, LocalFileSystem
 
-_AT_ONCE = 8  # hashing gives the interpreter free, and remote look-ups wait
+_AT_ONCE = 8  # hashing gives the interpreter free
+_REQUESTS_AT_ONCE = 32  # which wait for the store
 
 
 def content_identity(
@@ -20,19 +21,28 @@ def content_identity(
 
     ``paths``: within ``filesystem``, named relative to ``folder`` so that a moved folder keeps its identity.
     A local file counts with the SHA-256 of its bytes; one of an object store, which would have to be fetched,
-    with its size; one that is not there as missing.
+    with its size and the store's own mark of its content (the ETag); one that is not there as missing.
     """
     infos = filesystem.get_file_info(list(paths))
     local = isinstance(filesystem, LocalFileSystem)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        contents = list(pool.map(_hash if local else _size, infos))
+    with ThreadPoolExecutor(_AT_ONCE if local else _REQUESTS_AT_ONCE) as pool:
+        contents = list(pool.map(_hash if local else partial(_mark, filesystem), infos))
     names = [path[len(folder) :] for path in paths]
     listed = json.dumps([list(zip(names, contents, strict=True)), options])
     return hashlib.sha256(listed.encode() + labels.tobytes()).hexdigest()
 
 
-def _size(info: FileInfo) -> str:
-    return f"{info.size} bytes" if info.type == FileType.File else "missing"
+def _mark(filesystem: FileSystem, info: FileInfo) -> str:
+    if info.type != FileType.File:
+        return "missing"
+    with filesystem.open_input_stream(info.path) as file:
+        written = {_text(key).lower(): _text(value) for key, value in (file.metadata() or {}).items()}
+        mark = written.get("etag") or hashlib.sha256(file.read()).hexdigest()
+    return f"{info.size} bytes, {mark}"
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _hash(info: FileInfo) -> str:

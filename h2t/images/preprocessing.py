@@ -119,7 +119,7 @@ def decode(image: Image) -> np.ndarray:
         raise BadImage(image.path, "missing or empty file, or one that may not be read")
     try:
         with PillowImage.open(io.BytesIO(image.data)) as opened:
-            pixels = _to_rgb(opened)
+            pixels = rgb_pixels(opened)
     except PillowImage.UnidentifiedImageError:  # whose own words name a BytesIO
         raise BadImage(image.path, f"not an image: it begins with {image.data[:24]!r}") from None
     # Pillow's readers raise almost anything on damaged bytes, SyntaxError and struct.error among them.
@@ -134,7 +134,8 @@ def _checked_array(pixels: np.ndarray) -> np.ndarray:
     return pixels
 
 
-def _to_rgb(opened: PillowImage.Image) -> np.ndarray:
+def rgb_pixels(opened: PillowImage.Image) -> np.ndarray:
+    """Pixels uint8 [height, width, 3] as :func:`decode` makes them. Raises ValueError for other kinds."""
     if opened.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if opened.mode.startswith("I"):

@@ -1,11 +1,14 @@
+import hashlib
 import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image as PillowImage
 from safetensors.numpy import load, save
+from safetensors.torch import save_file
 from scipy.special import softmax
 
 from h2t.adapter import Adapter, load_head, save_head
@@ -25,6 +28,7 @@ from h2t.finetuning import (
 )
 from h2t.head2toe import Head, fit, logits
 from h2t.hyperparameters import Hyperparameters
+from h2t.images.source import BadImage, EncodedImage
 
 SIZE, TARGET = 48, 32
 CONFIG = {"name": "test_resnet", "weights": "random", "image_size": SIZE, "normalization": "minus_one_to_one"}
@@ -217,3 +221,36 @@ def test_a_model_without_its_backbone_says_so() -> None:
     model = TrainableModel(backbone, features, 2, options=FinetuneOptions())
     with pytest.raises(UserError, match="which backbone"):
         Adapter.load(save_model(model, features, {}))
+
+
+def test_other_weights_than_those_that_a_head_was_trained_on_are_refused(tmp_path: Path, head) -> None:
+    path = tmp_path / "mine.safetensors"
+    digests = []
+    for seed in (3, 4):
+        model = load_backbone("test_resnet", weights="random", image_size=SIZE, seed=seed).model
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+        digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    section = CONFIG | {"weights": str(path), "sha256": digests[0]}
+    data = saved(head, provenance={"backbone": json.dumps(section)})
+    with pytest.raises(UserError, match=f"expected sha256 {digests[0]}, got {digests[1]}"):
+        Adapter.load(data)
+
+
+def test_images_of_every_kind(tmp_path: Path, backbone, images, head, encode) -> None:
+    adapter, pixels = Adapter(backbone, head), images[0]
+    (tmp_path / "a.png").write_bytes(encode(pixels))
+    with (tmp_path / "a.png").open("rb") as file:
+        kinds = [
+            pixels, encode(pixels), io.BytesIO(encode(pixels)), file, tmp_path / "a.png",
+            str(tmp_path / "a.png"), PillowImage.fromarray(pixels), EncodedImage(encode(pixels), "a.png"),
+        ]  # fmt: skip
+        probabilities = adapter.predict(image for image in kinds).probabilities
+    np.testing.assert_array_equal(probabilities, np.repeat(probabilities[:1], len(kinds), axis=0))
+    for wrong in (None, 7, "a.png", encode(pixels), PillowImage.fromarray(pixels), io.BytesIO(b"")):
+        with pytest.raises(UserError, match="expected a list of images, got"):
+            adapter.predict(wrong)
+    for wrong in (None, torch.zeros(3, 8, 8)):
+        with pytest.raises(UserError, match="image 1: expected a path, encoded bytes, an open file"):
+            adapter.predict([pixels, wrong])
+    with pytest.raises(BadImage, match="the given bytes: not an image"):
+        adapter.predict([b"hello"])

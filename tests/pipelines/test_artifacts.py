@@ -182,6 +182,21 @@ def test_every_tool_reads_every_kind_of_table_with_default_options(finished: Run
         assert str(rows["task"].dtype) in ("object", "str", "string"), tool
 
 
+@pytest.mark.parametrize("name", ["007", "2024-01-01", "1e3"])
+def test_names_like_numbers_and_dates_stay_text_in_every_tool(tmp_path: Path, name: str) -> None:
+    run = RunDirectory(str(tmp_path))
+    row = {"backbone": name, "task": name, "method": "linear", "test_accuracy": 0.5}
+    artifacts.write_rows(run, f"results/{name}/{name}/frozen/results-0.parquet", schemas.RESULTS, [row])
+    folder = f"{run.uri}/results"
+    for rows in (
+        pd.read_parquet(folder),
+        pq.read_table(folder).to_pandas(),
+        polars.read_parquet(f"{folder}/**/*.parquet").to_pandas(),
+        duckdb.sql(f"SELECT * FROM '{folder}/**/*.parquet'").df(),
+    ):
+        assert rows[["backbone", "task"]].to_numpy().tolist() == [[name, name]]
+
+
 @pytest.mark.parametrize(
     ("kind", "schema"),
     [

@@ -1,5 +1,6 @@
 """The cluster file for Ray's launcher, checked with Ray's own validation."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from h2t.errors import UserError
+from pipelines import cluster
+from pipelines.cluster import _temporary_folder, connect
 
 CLUSTER = Path(__file__).parents[2] / "cluster.yaml"
 
@@ -50,3 +55,34 @@ with without_line("object store"):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
     assert done.stderr == "1\n2\nobject store\n3\n"
+
+
+def test_the_address_of_a_dashboard_is_named_for_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    message = "the environment variable RAY_ADDRESS is 'http://127.0.0.1:8265', which is for `ray job submit"
+    with pytest.raises(UserError, match=message):
+        connect()
+    with pytest.raises(UserError, match="--address is 'https://cluster', which is for `ray job submit"):
+        connect("https://cluster")
+
+
+@pytest.mark.slow
+def test_ray_starts_where_the_temporary_folder_has_a_long_path(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 97)
+    folder.mkdir()
+    code = "from pipelines.cluster import connect; import ray; connect(); print(ray.get(ray.put('started')))"
+    environment = {**os.environ, "TMPDIR": str(folder), "RAY_TMPDIR": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "started" in done.stdout
+
+
+def test_a_temporary_folder_that_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 97)
+    assert _temporary_folder() == "/tmp/ray"
+    monkeypatch.setattr(cluster, "SHORT_FOLDER", "/nowhere")
+    with pytest.raises(UserError, match="at most 40 characters, got 102; set RAY_TMPDIR to a shorter one"):
+        _temporary_folder()
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/short")
+    assert _temporary_folder() is None

@@ -2,6 +2,7 @@ import copy
 import json
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from h2t.errors import UserError
 from h2t.methods import METHODS
+from h2t.tasks import Task, find_task
 from pipelines.config import Config, fingerprint
 from pipelines.recipe import EXPECTED, _explain, _parts, parse_config
 
@@ -70,7 +72,7 @@ def with_setting(key: str, value: object) -> dict:
         ("name", "\ud800", "expected plain values in Unicode"),
         ("methods", ["head2toe_ft"], "head2toe_ft builds on head2toe, which is not listed"),
         ("images", {"format": "folder"}, "need a root"),
-        ("images", {"root": "x"}, "images: with a root ('x') expected the format vtab1k"),
+        ("images", {"root": "x"}, "/x') expected the format vtab1k, parquet"),
         ("images", {"format": "vtab1k", "root": "data"}, "expected archive, or their place"),
         ("on_bad_image", "ignore", "on_bad_image: unknown value 'ignore': expected one of refuse, skip"),
         ("seeds", [0, 1, 0], "seeds: expected every value once, got 0 twice"),
@@ -187,4 +189,34 @@ def test_a_task_of_ones_own_needs_only_images() -> None:
     own = {"name": "leaves", "n_classes": 3, "group": "natural", "images": {"format": "folder", "root": "x"}}
     config = parse_config({**RECIPE, "tasks": [own]}, "recipe")
     assert (config.task("leaves").n_classes, config.task("leaves").group) == (3, "natural")
-    assert config.task_images("leaves").root == "x"
+    assert config.task_images("leaves").root == str(Path("x").absolute())
+
+
+@pytest.mark.parametrize("name", ["flowers", "pets", "cifar", "textures", "dtd", "dSpr-Loc"])
+def test_a_task_of_ones_own_may_have_the_name_of_a_known_one(name: str) -> None:
+    own = {"name": name, "group": "other", "images": {"format": "folder", "root": "x"}}
+    config = parse_config({**RECIPE, "tasks": [own]}, "recipe")
+    assert config.task(name) == Task(name, name, "other", 0, n_train=0)
+    del own["group"]
+    known = parse_config({**RECIPE, "tasks": [own]}, "recipe").tasks[0].name
+    assert known == find_task(name).name
+
+
+def test_paths_are_absolute_wherever_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        **RECIPE,
+        "backbone": {"name": "resnet50", "weights": "mine.pth"},
+        "images": {"format": "folder", "root": "../all"},
+        "tasks": [{"name": "leaves", "images": {"format": "folder", "root": "leaves"}}],
+        "cross_validation": {"images": {"format": "folder", "root": "~/folds"}},
+    }
+    config = parse_config(settings, "recipe")
+    assert config.backbone.weights == str(tmp_path / "mine.pth")
+    assert config.images.root == str(tmp_path / "../all")
+    assert config.task_images("leaves").root == str(tmp_path / "leaves")
+    assert config.cross_validation.images is not None
+    assert config.cross_validation.images.root == str(Path.home() / "folds")
+    remote = parse_config({**settings, "images": {"format": "folder", "root": "s3://all/of"}}, "recipe")
+    assert remote.images.root == "s3://all/of"
+    assert parse_config(RECIPE | {"backbone": {"name": "resnet50"}}, "recipe").backbone.weights == "auto"

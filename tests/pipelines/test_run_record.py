@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ruamel.yaml import YAML
 
 from h2t.errors import UserError
 from pipelines.run_directory import RunDirectory
@@ -23,6 +24,16 @@ def test_a_record_is_written_once_per_configuration_and_kept(images: Path, tmp_p
     assert read_record(run)["config"]["seeds"] == [0]
     history = yaml.safe_load(run.read(f"history/run-{record['fingerprint']}.yaml"))
     assert history["packages"] == {"torch": "of then"}
+
+
+@pytest.mark.parametrize(
+    "name", ["1e3", "007", "2024-01-01", "0o17", "12_0", "1.5", "yes", "null", "0x1F", "nan"]
+)
+def test_names_like_numbers_and_dates_stay_text(images: Path, tmp_path: Path, name: str) -> None:
+    run = RunDirectory(str(tmp_path))
+    write_record(small_config(images, name=name), run)
+    for read in (yaml.safe_load, YAML(typ="safe", pure=True).load):
+        assert read(run.read("run.yaml"))["config"]["name"] == name
 
 
 @pytest.mark.parametrize(

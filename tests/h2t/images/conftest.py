@@ -1,10 +1,7 @@
-"""Small images, as pixels and as the bytes of files."""
-
-import io
+"""Small images as pixels."""
 
 import numpy as np
 import pytest
-from PIL import Image
 
 
 @pytest.fixture
@@ -15,16 +12,3 @@ def random_pixels():
         return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
     return make
-
-
-@pytest.fixture
-def encode():
-    """Writes pixels, or a Pillow image, as the bytes of a file."""
-
-    def write(pixels, format="PNG", **options):
-        image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-        buffer = io.BytesIO()
-        image.save(buffer, format=format, **options)
-        return buffer.getvalue()
-
-    return write

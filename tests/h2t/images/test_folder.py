@@ -137,9 +137,7 @@ def test_splits_of_other_names(tree) -> None:
     root = tree("train/crow/a.png", "train/owl/a.png", "val/owl/a.png")
     source = open_source("folder", TASK, str(root), {})
     assert source.labels("train").tolist() == [0, 1]
-    message = (
-        r"no 'test' for the test split in .*, which has train, val; say which to take with images"
-    )
+    message = r"no 'test' for the test split in .*, which has train, val; say which to take with images"
     with pytest.raises(SourceUnavailable, match=message):
         source.labels("test")
     source = open_source("folder", TASK, str(root), {"test": "val"})

@@ -92,6 +92,21 @@ def test_every_format_reads_from_an_object_store(format: str, stored, s3) -> Non
     assert source.provenance()["encoding"] == "PNG"
 
 
+@pytest.mark.parametrize("format", list(_FILES))
+def test_other_content_of_the_same_size_is_another_identity(format: str, stored, s3, put) -> None:
+    stored(format)
+    before = open_source(format, TASK, root(s3, format), {}).identity("test")
+    assert open_source(format, TASK, root(s3, format), {}).identity("test") == before
+    client = boto3.client("s3", endpoint_url=f"http://{s3}")
+    listed = client.list_objects_v2(Bucket="images", Prefix=f"{format}/eurosat/")["Contents"]
+    keys = [item["Key"] for item in listed if not item["Key"].endswith(".txt")]
+    key = next(key for key in keys if "test" in key)
+    data = bytearray(client.get_object(Bucket="images", Key=key)["Body"].read())
+    data[data.index(b"IDAT") + 8] ^= 1  # in the middle of an image
+    put(key, bytes(data))
+    assert open_source(format, TASK, root(s3, format), {}).identity("test") != before
+
+
 def test_missing_objects_are_rows_like_missing_files(stored, put, s3) -> None:
     stored("vtab1k")
     put("vtab1k/eurosat/test.txt", b"images/test/000009.png 1\nimages/test/000000.png 2\n")
