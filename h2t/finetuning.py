@@ -13,13 +13,18 @@ What comes from where:
 - VTAB's trainer (google-research/task_adaptation): SGD with momentum 0.9, neither weight decay nor
   augmentation. Its stepwise decay is not the paper's;
 - the official code (google-research/head2toe, with ``finetune_backbones``): cosine decay to zero, batches of
-  128 cut from one fixed order and repeated without reshuffling, a loss of (sum of cross-entropies) / 128 that
-  gives the short last batch less weight, batch norm on batch statistics in training and on running ones in
-  evaluation, unit norm of each tap's kept features (of the embedding for ``finetune``), and a new
-  Glorot-uniform head with zero bias, for Head2Toe-FT too. Its optimizer is a setting there, "adam" by default
-  or "sgd" with momentum 0.9; the paper's text decides;
-- ours: the order is shuffled once by the run's seed; the seed of a training draws the head and what is random
-  in the backbone; momentum is PyTorch's, which keeps the rate out of the velocity.
+  128 in a new order every epoch, a loss of (sum of cross-entropies) / 128 that gives the short last batch
+  less weight, batch norm on batch statistics in training and on running ones in evaluation, unit norm of each
+  tap's kept features (of the embedding for ``finetune``), and a new Glorot-uniform head with zero bias, for
+  Head2Toe-FT too. Its optimizer is a setting there, "adam" by default or "sgd" with momentum 0.9, one for the
+  scores and the second training alike; the paper names SGD for fine-tuning and says nothing of Head2Toe-FT's:
+  here, scores come from Adam, as Head2Toe's, and the second training is by SGD, as fine-tuning;
+- ours: orders, the head and what is random in the backbone are drawn by the seed of a training; momentum is
+  PyTorch's, v <- 0.9 v + g, w <- w - rate v, whereas TensorFlow's keeps the rate in the velocity,
+  v <- 0.9 v - rate g, w <- w + v. The two differ where the rate changes from step to step: under the cosine
+  decay a gradient counts here with the rate of the step that it moves, there with that of its own step, so
+  TensorFlow's steps are a little longer (at most by the decay within about ten steps). The paper names
+  neither.
 """
 
 import json
@@ -171,13 +176,15 @@ def train(
     learning_rate: float,
     steps: int,
     seed: int = 0,
+    shuffle: Sequence[int] | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Training:
     """Train all weights of the model for ``steps`` steps, going on from a checkpoint where there is one.
 
-    ``images``: as ``h2t.images.preprocessing.prepare`` leaves them, uint8 [height, width, 3] each, used in
-    the order given; ``labels`` integer [n]. In a process group of torch.distributed every process is given
-    all images and takes its part of each batch; results are those of one process, but for batch norm on batch
+    ``images``: as ``h2t.images.preprocessing.prepare`` leaves them, uint8 [height, width, 3] each;
+    ``labels`` integer [n]. ``shuffle``: numbers that, with the seed, draw the order of every epoch; None
+    takes the images as they come. In a process group of torch.distributed every process is given all images
+    and takes its part of each batch; results are those of one process, but for batch norm on batch
     statistics, which sees the part of a process (and, under gradient accumulation, of a pass) alone.
 
     Raises UserError where a batch has fewer images than there are processes, OutOfMemory where it does not
@@ -186,7 +193,8 @@ def train(
     options = model.options
     passes = f"gradient_accumulation {options.gradient_accumulation}"
     too_large = f"a batch of {options.batch_size} images does not fit in memory ({passes})"
-    batches = _Batches(images, labels, preprocessing, options)
+    shuffled_by = None if shuffle is None else [*shuffle, seed]
+    batches = _Batches(images, labels, preprocessing, options, shuffled_by)
     optimizer = torch.optim.SGD(
         model.parameters(), learning_rate, options.momentum, weight_decay=options.weight_decay
     )
@@ -291,7 +299,9 @@ class _Batches:
         labels: np.ndarray,
         preprocessing: Preprocessing,
         options: FinetuneOptions,
+        shuffled_by: Sequence[int] | None,
     ) -> None:
+        self.shuffled_by = shuffled_by
         self.images, self.preprocessing, self.options = images, preprocessing, options
         self.labels = torch.from_numpy(np.asarray(labels, np.int64))
         self.rank, self.workers = (get_rank(), get_world_size()) if is_initialized() else (0, 1)
@@ -305,9 +315,16 @@ class _Batches:
     def rows(self, step: int) -> list[np.ndarray]:
         """Rows of the passes of one step, int64 each."""
         first = step % self.count * self.options.batch_size
-        part = np.arange(first, first + self.size(step))[self.rank :: self.workers]
+        batch = self.order(step // self.count)[first : first + self.size(step)]
+        part = batch[self.rank :: self.workers]
         passes = np.array_split(part, self.options.gradient_accumulation)
         return [rows for rows in passes if len(rows)]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of all images in an epoch, int64, the same in every process and after a checkpoint."""
+        if self.shuffled_by is None:
+            return np.arange(len(self.images))
+        return np.random.default_rng([*self.shuffled_by, epoch]).permutation(len(self.images))
 
     def size(self, step: int) -> int:
         """Images of all processes in one step."""

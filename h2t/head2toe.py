@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby, product
-from typing import Any, NamedTuple
+from itertools import chain, groupby
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from h2t.heads.training import train_groups, train_stacks
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS, find_method
 from h2t.selection import RULES
+
+Phase = Literal["first", "final"]
+PHASES = get_args(Phase)
+"""The training on all features (or the embedding), which may score them; that of the head on kept ones."""
 
 # Features of final heads that are trained together: few enough that on a CPU they stay in the cache from step
 # to step.
@@ -48,22 +52,30 @@ def logits(head: Head, features: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Data:
-    """Everything that the heads of a call share; ``rows`` are those of ``features`` to train on, in order."""
+    """Everything that the heads of a call share; ``rows``: those of ``features`` to train on."""
 
     features: np.ndarray
-    rows: np.ndarray
     labels: np.ndarray
+    rows: np.ndarray
     layout: FeatureLayout
     memory_budget: int | None
+    shuffle: Sequence[int] | None
     options: dict[str, Any]
 
-    def inputs(self, kept: np.ndarray) -> np.ndarray:
-        """The kept features of the training rows with unit norm per tap, a new float32 [n_rows, n_kept]."""
-        return keep_features(self.features, self.layout, kept, self.rows)
+    def order(self, seed: int, phase: Phase) -> np.ndarray:
+        """The rows in the order in which a phase of the training with that seed takes them, int64."""
+        if self.shuffle is None:
+            return self.rows
+        generator = np.random.default_rng([*self.shuffle, seed, PHASES.index(phase)])
+        return generator.permutation(self.rows)
+
+    def inputs(self, kept: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """The kept features of rows with unit norm per tap, a new float32 [n_rows, n_kept]."""
+        return keep_features(self.features, self.layout, kept, order)
 
 
 class _Final(NamedTuple):
-    """A head to be trained on the features that a rule has kept."""
+    """A head to be trained on the features that a rule has kept, in a second phase."""
 
     spec: HeadSpec
     point: Hyperparameters
@@ -84,6 +96,7 @@ def fit(
     embedding: str,
     seeds: Sequence[int] = (0,),
     rows: np.ndarray | None = None,
+    shuffle: Sequence[int] | None = None,
     batch_size: int = 128,
     memory_budget: int | None = None,
     device: str = "cpu",
@@ -92,13 +105,17 @@ def fit(
     """Train a head for every point of ``hyperparameters`` and seed; each is yielded as soon as it is done.
 
     ``features`` float32 [n, n_features] raw, never written; ``labels`` integer [n]; ``rows`` int64 [n_rows]
-    are those to train on, in this order (default: all). All points have the same target size, that of the
-    features. ``embedding`` names the tap that methods on the embedding use. ``memory_budget`` in bytes bounds
-    what is allocated here on top of one normalised copy of the training rows.
+    are those to train on (default: all). All points have the same target size, that of the features.
+    ``embedding`` names the tap that methods on the embedding use. ``memory_budget`` in bytes bounds what is
+    allocated here on top of one normalised copy of the training rows.
+
+    ``shuffle``: numbers that, with the seed of a head, draw the order of its rows, which each of the two
+    phases repeats until its steps are done; so the official code has it, which reads the images in a new
+    order whenever it computes their features. None takes the rows as they come.
 
     Methods with the same training on all features share it: ``all_l21`` and the scoring phase of ``head2toe``
-    of the same rate, steps, coefficient and seed, for all fractions. The other points of a call change a head
-    only through float32 rounding.
+    of the same rate, steps, coefficient and seed, for all fractions. The other points and seeds of a call
+    change no bit of a head on a CPU with one thread; ``h2t.heads.trainer`` says where they may.
 
     Raises UserError, before any training, for hyperparameters, labels or features that cannot be used.
     """
@@ -108,7 +125,7 @@ def fit(
     features, labels = np.asarray(features, np.float32), np.asarray(labels)
     rows = np.arange(len(labels)) if rows is None else np.asarray(rows)
     options = {"n_classes": n_classes, "batch_size": batch_size, "device": device, "precision": precision}
-    data = _Data(features, rows, labels[rows], layout, memory_budget, options)
+    data = _Data(features, labels, rows, layout, memory_budget, shuffle, options)
     on_embedding = [point for point in hyperparameters if METHODS[point.method].features == "embedding"]
     on_all = [point for point in hyperparameters if METHODS[point.method].features != "embedding"]
     return chain(
@@ -138,29 +155,38 @@ def _fit_columns(
 ) -> Iterator[Head]:
     """Train heads on a range of the features, then those on what they keep."""
     columns_kept = np.arange(columns.start, columns.stop, dtype=np.int64)
-    by_spec: dict[HeadSpec, list[Hyperparameters]] = {}  # the points that use a training: its head or scores
     finals: list[_Final] = []
-    for seed, point in product(seeds, points):
-        method = METHODS[point.method]
-        if method.features == "kept" and not method.scored:
-            finals.append(_final(point, seed, None, data.layout))
-        else:
-            spec = HeadSpec(point.learning_rate, point.steps, method.regularizer, point.coefficient, seed)
-            by_spec.setdefault(spec, []).append(point)
-    if by_spec:
-        inputs, specs = data.inputs(columns_kept), list(by_spec)
-        for heads, stack in train_stacks(
-            inputs, data.labels, specs, layout=data.layout.of_kept(columns_kept),
-            memory_budget=data.memory_budget, **data.options,
-        ):  # fmt: skip
-            for position, spec in enumerate(specs[head] for head in heads):
-                for point in by_spec[spec]:
-                    if METHODS[point.method].features == "kept":
-                        finals.append(_final(point, spec.seed, stack.weight[position], data.layout))
-                    else:
-                        yield _head(point, spec.seed, columns_kept, data.layout, stack, position)
-        del inputs
+    for seed in seeds:
+        by_spec: dict[HeadSpec, list[Hyperparameters]] = {}  # what uses a training: its head or its scores
+        for point in points:
+            method = METHODS[point.method]
+            if method.features == "kept" and not method.scored:
+                finals.append(_final(point, seed, None, data.layout))
+            else:
+                spec = HeadSpec(point.learning_rate, point.steps, method.regularizer, point.coefficient, seed)
+                by_spec.setdefault(spec, []).append(point)
+        for spec, stack, position in _fit_specs(data, list(by_spec), columns_kept):
+            for point in by_spec[spec]:
+                if METHODS[point.method].features == "kept":
+                    finals.append(_final(point, seed, stack.weight[position], data.layout))
+                else:
+                    yield _head(point, seed, columns_kept, data.layout, stack, position)
     yield from _fit_kept(data, finals)
+
+
+def _fit_specs(
+    data: _Data, specs: Sequence[HeadSpec], columns: np.ndarray
+) -> Iterator[tuple[HeadSpec, HeadStack, int]]:
+    """Train heads of one seed on the same features: each spec with a stack and its position in that."""
+    if not specs:
+        return
+    order = data.order(specs[0].seed, "first")
+    for heads, stack in train_stacks(
+        data.inputs(columns, order), data.labels[order], specs, layout=data.layout.of_kept(columns),
+        memory_budget=data.memory_budget, **data.options,
+    ):  # fmt: skip
+        for position, head in enumerate(heads):
+            yield specs[head], stack, position
 
 
 def _final(point: Hyperparameters, seed: int, weight: Tensor | None, layout: FeatureLayout) -> _Final:
@@ -174,14 +200,19 @@ def _final(point: Hyperparameters, seed: int, weight: Tensor | None, layout: Fea
 def _fit_kept(data: _Data, finals: list[_Final]) -> Iterator[Head]:
     """Train final heads, each on its kept features; those of equal steps are trained side by side."""
     for groups in _trained_together(finals, len(data.rows), data.options["device"]):
-        inputs = [np.stack([data.inputs(final.kept) for final in group]) for group in groups]
-        specs = [[final.spec for final in group] for group in groups]
         # Products this small gain nothing from bfloat16.
         options = {**data.options, "precision": "float32"}
-        stacks = train_groups(list(zip(inputs, specs, strict=True)), data.labels, **options)
+        stacks = train_groups([_with_inputs(data, group) for group in groups], **options)
         for group, stack in zip(groups, stacks, strict=True):
             for position, final in enumerate(group):
                 yield _head(final.point, final.spec.seed, final.kept, data.layout, stack, position)
+
+
+def _with_inputs(data: _Data, group: Sequence[_Final]) -> tuple[np.ndarray, np.ndarray, list[HeadSpec]]:
+    """Features float32 [n_heads, n_rows, n_kept], labels [n_heads, n_rows] and specs of final heads."""
+    orders = [data.order(final.spec.seed, "final") for final in group]
+    inputs = [data.inputs(final.kept, order) for final, order in zip(group, orders, strict=True)]
+    return np.stack(inputs), data.labels[np.stack(orders)], [final.spec for final in group]
 
 
 def _trained_together(finals: list[_Final], n_rows: int, device: str) -> Iterator[list[list[_Final]]]:

@@ -23,8 +23,8 @@ from pipelines.run_directory import RunDirectory
 from pipelines.task_data import Split, TaskData
 
 FEATURES_VERSION = 1  # raise it when a change of the code changes the features
-HEADS_VERSION = 1  # likewise for heads on frozen features: the trainer, the rules that keep features
-FINETUNING_VERSION = 1  # likewise for trained backbones
+HEADS_VERSION = 2  # likewise for heads on frozen features: the trainer, the rules that keep features
+FINETUNING_VERSION = 2  # likewise for trained backbones
 
 Kind = Literal["frozen", "finetuned"]
 """Whether the backbone stays as it is or is trained."""

@@ -83,11 +83,10 @@ def train_together(
 
     def train() -> None:
         matrix = read_features(run, feature_files)
-        rows = matrix.rows_of(task.row_order("train"))
         files = {(job.point, job.seed): job.file for job in jobs}
         points, seeds = (list(dict.fromkeys(values)) for values in zip(*files, strict=True))
         started = time.perf_counter()
-        trained = list(fit_heads(task, matrix, rows, points, seeds))
+        trained = list(fit_heads(task, matrix, points, seeds))
         seconds = (time.perf_counter() - started) / len(trained)
         source, _ = task.sources["train"]
         for head in trained:

@@ -36,7 +36,7 @@ from h2t.metrics import accuracy, cross_entropy
 from pipelines.artifacts import Finetuning, task_columns, write_rows
 from pipelines.config import Config
 from pipelines.feature_files import read_features
-from pipelines.head_training import fit_heads
+from pipelines.head_training import fit_heads, shuffle_of
 from pipelines.run_directory import RunDirectory
 from pipelines.schemas import TRIALS
 from pipelines.shard_stream import preprocessing_of
@@ -76,8 +76,7 @@ def base_features(
         head = load_head(run.read(files[0]))[0]
     else:
         matrix = read_features(run, files)
-        rows = matrix.rows_of(task.fold(member.fold)[0])
-        (head,) = fit_heads(task, matrix, rows, [member.base], [member.seed])
+        (head,) = fit_heads(task, matrix, [member.base], [member.seed], member.fold)
     return KeptFeatures(head.kept, head.layout, member.base.target_size)
 
 
@@ -123,7 +122,7 @@ def run_training(
         cls_token=config.backbone.cls_token,
     )
     if member.fold is None:
-        images, labels = read_images(task, "train", task.row_order("train"), preprocessing)
+        images, labels = read_images(task, "train", np.arange(len(task.labels["train"])), preprocessing)
     else:
         images, labels = read_images(task, task.fold_split, task.fold(member.fold)[0], preprocessing)
     with with_advice(OutOfMemory, MEMORY_ADVICE):
@@ -135,6 +134,7 @@ def run_training(
             learning_rate=point.learning_rate,
             steps=point.steps,
             seed=member.seed,
+            shuffle=shuffle_of(task, member.fold),
             checkpoints=Checkpoints(
                 load=lambda: run.read(checkpoint) if run.exists(checkpoint) else None,
                 save=lambda data: run.write(checkpoint, data),

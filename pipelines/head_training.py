@@ -12,15 +12,21 @@ from pipelines.feature_files import FeatureMatrix
 from pipelines.task_data import TaskData
 
 
+def shuffle_of(task: TaskData, fold: int | None) -> tuple[int, int]:
+    """Numbers that, with the seed of a training, draw the order of its rows: of the run, and of the fold."""
+    return task.config.seed, 0 if fold is None else fold + 1
+
+
 def fit_heads(
     task: TaskData,
     matrix: FeatureMatrix,
-    rows: np.ndarray,
     points: Sequence[Hyperparameters],
     seeds: Sequence[int],
+    fold: int | None = None,
 ) -> Iterator[Head]:
-    """Train heads on some rows of a task's features, int64 [n_rows], in that order."""
+    """Train heads on a task's features: on all rows, or on the training rows of a fold."""
     config = task.config
+    rows = np.arange(len(matrix.labels)) if fold is None else matrix.rows_of(task.fold(fold)[0])
     torch.set_num_threads(config.resources.cpus_per_trial)
     return fit(
         matrix.values,
@@ -28,6 +34,7 @@ def fit_heads(
         matrix.layout,
         points,
         rows=rows,
+        shuffle=shuffle_of(task, fold),
         n_classes=task.n_classes,
         embedding=matrix.embedding,
         seeds=seeds,

@@ -129,13 +129,14 @@ def run_packs(packs: Sequence[Pack], shared: dict[str, Any]) -> Iterator[dict[st
 
 def run_trials(task: TaskData, members: Sequence[Trial], matrix: FeatureMatrix) -> list[dict[str, Any]]:
     """Train points on their fold; one row of ``schemas.TRIALS`` each, in their order."""
-    train, validation = (matrix.rows_of(rows) for rows in task.fold(members[0].fold))
+    fold = members[0].fold
+    validation = matrix.rows_of(task.fold(fold)[1])
     started = time.perf_counter()
     validation_set = ValidationSet(matrix.values[validation], matrix.labels[validation])
     seed = task.config.seed
     scores = {
         head.hyperparameters: validation_set.score(head)
-        for head in fit_heads(task, matrix, train, [trial.point for trial in members], [seed])
+        for head in fit_heads(task, matrix, [trial.point for trial in members], [seed], fold)
     }
     seconds = (time.perf_counter() - started) / len(members)
     return [

@@ -71,24 +71,22 @@ class TaskData:
             return self.task.n_classes
         return max(int(labels.max(initial=0)) for labels in self.labels.values()) + 1
 
-    def row_order(self, split: Split) -> np.ndarray:
-        """One shuffle of a split's rows by the run's seed, int64 [n]; all training uses it."""
-        return np.random.default_rng(self.config.seed).permutation(len(self.labels[split]))
-
     def fold(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of ``fold_split`` to train on (in the run's order) and to validate on (ascending), int64.
+        """Rows of ``fold_split`` to train on and to validate on, ascending, int64.
 
-        The scheme "shuffled" cuts the run's order into blocks, the others the order of the source: "blocks"
-        is the paper's, with the first 1000 images of the original training set; "archive" has a VTAB-1k
-        archive's 800 training images in four blocks and its 200 validation images as the fifth.
+        The scheme "shuffled" mixes the rows by the run's seed and cuts these into blocks, the others cut the
+        order of the source: "blocks" is the paper's, with the first 1000 images of the original training set;
+        "archive" has a VTAB-1k archive's 800 training images in four blocks and its 200 validation images as
+        the fifth.
 
         Raises UserError for fewer images than folds.
         """
-        order, recipe = self.row_order(self.fold_split), self.config.cross_validation
-        train, validation = folds(len(order), recipe.n_folds)[number]
+        n_rows, recipe = len(self.labels[self.fold_split]), self.config.cross_validation
+        train, validation = folds(n_rows, recipe.n_folds)[number]
         if recipe.scheme == "shuffled":
-            return order[train], np.sort(order[validation])
-        return order[np.isin(order, train)], validation
+            order = np.random.default_rng(self.config.seed).permutation(n_rows)
+            return np.sort(order[train]), np.sort(order[validation])
+        return train, validation
 
 
 def open_task(config: Config, name: str) -> TaskData:

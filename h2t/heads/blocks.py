@@ -76,18 +76,44 @@ class Span:
     class_rows: slice
 
     @property
+    def n_rows(self) -> int:
+        """The number of class rows."""
+        return self.class_rows.stop - self.class_rows.start
+
+    @property
+    def stride(self) -> int:
+        """Numbers from one class row to the next in memory."""
+        return aligned(self.stop - self.start)
+
+    @property
     def size(self) -> int:
-        """The number of weights."""
-        return (self.class_rows.stop - self.class_rows.start) * (self.stop - self.start)
+        """Numbers that the weights take in memory."""
+        return self.n_rows * self.stride
+
+
+def aligned(length: int) -> int:
+    """``length`` of float32 rounded up to whole 16 bytes, at which every row begins.
+
+    The library's products of small matrices round by where in memory these lie.
+    """
+    return -(-length // 4) * 4
+
+
+# Heads side by side for which a span is a whole block; of fewer heads, several spans share one.
+HEADS_PER_BLOCK = 32
 
 
 def cut_spans(groups: Sequence[HeadGroup], n_classes: int, largest: int) -> Iterator[list[Span]]:
-    """All weights, cut into blocks of at most about ``largest`` of them; small groups share a block."""
+    """All weights, cut into blocks of about ``largest`` of them; small spans share a block.
+
+    The columns at which a group is cut depend on neither the number of its heads nor on other groups: logits
+    are summed span by span, so that other cuts would round otherwise.
+    """
     block: list[Span] = []
     row = 0
+    width = max(largest // (HEADS_PER_BLOCK * n_classes) // 64 * 64, 256)
     for number, group in enumerate(groups):
         class_rows = slice(row, row := row + len(group.specs) * n_classes)
-        width = max(largest // (class_rows.stop - class_rows.start) // 64 * 64, 128)
         for start, stop in pairwise([*range(0, group.n_features, width), group.n_features]):
             span = Span(number, start, stop, class_rows)
             if block and sum(earlier.size for earlier in block) + span.size > largest:
@@ -136,6 +162,10 @@ class Block:
 
 
 def split_spans(flat: Tensor, spans: Sequence[Span]) -> list[Tensor]:
-    """Views of each span's part, [n_class_rows, width], of a flat tensor with one number per weight."""
-    parts = flat.split([span.size for span in spans])
-    return [part.view(-1, span.stop - span.start) for part, span in zip(parts, spans, strict=True)]
+    """Views of each span's part, [n_class_rows, width], of a flat tensor that begins with all parts."""
+    sizes = [span.size for span in spans]
+    parts = flat[: sum(sizes)].split(sizes)
+    return [
+        part.view(span.n_rows, span.stride)[:, : span.stop - span.start]
+        for part, span in zip(parts, spans, strict=True)
+    ]

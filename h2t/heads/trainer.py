@@ -5,6 +5,12 @@ gradient, the regularizer, Adam's update and the next batch's share of the logit
 while it is in the cache: a step reads every weight from memory once, and a whole gradient never exists.
 Small heads on features of their own share a block, so that one call updates many of them.
 
+A head comes out the same to the last bit whichever heads are trained beside it (in float32 on a CPU with one
+thread): blocks are cut alike for any number of heads, and no kernel used here rounds a head by its place.
+The one exception is the matrix product of the library that torch is built with: with fewer than
+:data:`FEWEST_ROWS` rows it takes another way. Several threads may cut the product elsewhere and round
+otherwise, by a few units in the last place in a step, and so may other processors and GPUs.
+
 Heads of different learning rates share one fused update because the weights are stored divided by the rate.
 Adam is w <- w - lr * a(g), and its direction a(g) depends on the gradient with respect to w alone. With
 v = w / lr this is v <- v - a(g), the same step for every head. Only two places see lr again: logits are
@@ -19,22 +25,45 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from h2t.heads.blocks import Block, HeadGroup, HeadStack, Span, SpanViews, cut_spans, split_spans
+from h2t.heads.blocks import (
+    Block,
+    HeadGroup,
+    HeadStack,
+    Span,
+    SpanViews,
+    aligned,
+    cut_spans,
+    split_spans,
+)
 from h2t.heads.regularizers import Penalties
 
+FEWEST_ROWS = 4
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-7
 BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}  # of weights: on a CPU a block and its moments stay in the cache
 
 
 class Batches:
-    """Labels int64 [n_samples] cut into mini-batches of ``size``, used over and over in this order."""
+    """Labels cut into mini-batches of ``size``, used over and over in this order.
+
+    ``targets`` int64 [n_samples], or [n_heads, n_samples] for heads whose features come in orders of their
+    own.
+    """
 
     def __init__(self, targets: Tensor, n_classes: int, size: int) -> None:
-        self.targets, self.n_classes, self.size, self.n_samples = targets, n_classes, size, len(targets)
+        self.targets, self.n_classes, self.size, self.n_samples = targets, n_classes, size, targets.shape[-1]
         starts = range(0, self.n_samples, size)
         self.samples = [slice(start, min(start + size, self.n_samples)) for start in starts]
-        neg_targets = torch.nn.functional.one_hot(targets, n_classes).float() / -size
-        self.neg_targets = [neg_targets[batch].T.contiguous() for batch in self.samples]
+        # Of a batch in memory, where every row of logits begins at whole 16 bytes.
+        self.lengths = [aligned(batch.stop - batch.start) for batch in self.samples]
+        neg_targets = torch.nn.functional.one_hot(targets, n_classes).float().mT / -size
+        self.neg_targets = [
+            torch.nn.functional.pad(neg_targets[..., batch], (0, length - (batch.stop - batch.start)))
+            for batch, length in zip(self.samples, self.lengths, strict=True)
+        ]
+
+    def n_samples_of(self, batch: int) -> int:
+        """The number of samples in a batch."""
+        return self.samples[batch].stop - self.samples[batch].start
 
 
 class HeadTrainer:
@@ -52,7 +81,7 @@ class HeadTrainer:
         rates = torch.tensor([spec.learning_rate for spec in specs], device=self.device)
         self.rate = rates.repeat_interleave(self.n_classes)[:, None]
         spans = list(cut_spans(groups, self.n_classes, BLOCK_BYTES[self.device.type] // 4))
-        sizes = [sum(span.size for span in block) for block in spans]
+        sizes = [_whole_vectors(sum(span.size for span in block)) for block in spans]
         self.scaled_weights = self._state(sum(sizes))
         self._start(spans, sizes)
         # Only now, so that memory peaks only once.
@@ -81,7 +110,8 @@ class HeadTrainer:
 
     def _start(self, spans: list[list[Span]], sizes: list[int]) -> None:
         """Set the first weights and biases."""
-        self.bias = self._zeros(self.n_heads * self.n_classes)
+        self.bias_state = [self._zeros(_whole_vectors(self.n_heads * self.n_classes)) for _ in range(3)]
+        self.bias = self.bias_state[0][: self.n_heads * self.n_classes]
         weights: list[tuple[Span, Tensor]] = []
         for block, flat in zip(spans, self.scaled_weights.split(sizes), strict=True):
             weights += zip(block, split_spans(flat, block), strict=True)
@@ -98,11 +128,9 @@ class HeadTrainer:
 
     def _make_buffers(self, largest: int) -> None:
         n_class_rows = self.n_heads * self.n_classes
-        lengths = [samples.stop - samples.start for samples in self.batches.samples]
+        lengths = self.batches.lengths
         self.count = self._zeros()
-        self.bias_gradient, self.bias_moments, self.bias_squares = (
-            self._zeros(n_class_rows) for _ in range(3)
-        )
+        self.bias_gradient = self._zeros(_whole_vectors(n_class_rows))
         self.gradient, self.spare = self._zeros(largest), self._zeros(largest)
         self.norms = self._zeros(largest // self.n_classes)
         self.staged = [self._zeros(largest) for _ in range(3)] if self.offload else []
@@ -136,6 +164,8 @@ class HeadTrainer:
         features = self.groups[span.group].features
         columns = [features[..., samples, span.start : span.stop] for samples in self.batches.samples]
 
+        batches = range(len(columns))
+
         def by_matrix(class_rows: Tensor) -> Tensor:
             return class_rows if features.ndim == 2 else class_rows.unflatten(0, (len(features), -1))
 
@@ -143,13 +173,17 @@ class HeadTrainer:
             span,
             columns,
             [batch.transpose(-1, -2) for batch in columns],
-            [by_matrix(error[span.class_rows]) for error in self.error_lp],
-            [by_matrix(logits[span.class_rows]) for logits in self.logits],
+            [by_matrix(self._of_samples(self.error_lp, batch)[span.class_rows]) for batch in batches],
+            [by_matrix(self._of_samples(self.logits, batch)[span.class_rows]) for batch in batches],
             by_matrix(grad_lp),
             by_matrix(weight_lp),
             gradient,
             weight,
         )
+
+    def _of_samples(self, rows: list[Tensor], batch: int) -> Tensor:
+        """The columns of a batch's samples, [n_class_rows, b], of logits or errors."""
+        return rows[batch][:, : self.batches.n_samples_of(batch)]
 
     def train(self) -> list[HeadStack]:
         """Take all steps and return the heads of each group, in the memory of the moments."""
@@ -163,11 +197,11 @@ class HeadTrainer:
     def step(self, step: int) -> None:
         """Train on one mini-batch; expects its logits and leaves those of the next."""
         batch, following = (number % len(self.batches.samples) for number in (step, step + 1))
-        batch_fraction = self.logits[batch].shape[1] / self.batches.size
+        batch_fraction = self.batches.n_samples_of(batch) / self.batches.size
         self._compute_error(batch)
         self.count.fill_(step + 1)
-        torch.sum(self.error[batch], 1, out=self.bias_gradient)
-        self._update([self.bias, self.bias_moments, self.bias_squares], self.bias_gradient, step)
+        torch.sum(self._of_samples(self.error, batch), 1, out=self.bias_gradient[: len(self.bias)])
+        self._update(self.bias_state, self.bias_gradient, step)
         self.logits[following].copy_(self.bias[:, None].expand_as(self.logits[following]))
         for penalties in self.tap_penalties:
             penalties.begin_step()
@@ -201,7 +235,8 @@ class HeadTrainer:
         total = self._zeros(self.n_heads)
         for batch, samples in enumerate(self.batches.samples):
             values = self._forward(batch).mul_(self.rate).view(self.n_heads, self.n_classes, -1)
-            targets = self.batches.targets[samples].expand(self.n_heads, -1)
+            values = values[..., : self.batches.n_samples_of(batch)]
+            targets = self.batches.targets[..., samples].expand(self.n_heads, -1)
             total += torch.nn.functional.cross_entropy(values, targets, reduction="none").sum(1)
         return total / self.batches.n_samples
 
@@ -209,7 +244,8 @@ class HeadTrainer:
         """The weights of each group, float32 [n_heads, n_features, n_classes]; ``out`` is their memory."""
         flat = torch.empty_like(self.scaled_weights) if out is None else out
         shapes = [(len(group.specs) * self.n_classes, group.n_features) for group in self.groups]
-        parts = flat.split([math.prod(shape) for shape in shapes])
+        sizes = [math.prod(shape) for shape in shapes]
+        parts = flat[: sum(sizes)].split(sizes)
         weights = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         for block in self.blocks:
             spans = [views.span for views in block.views]
@@ -237,7 +273,10 @@ class HeadTrainer:
         return logits
 
     def _compute_error(self, batch: int) -> None:
-        """Gradient of the loss by the logits, [n_class_rows, length]: (softmax - one-hot) / batch size."""
+        """Gradient of the loss by the logits, [n_class_rows, length]: (softmax - one-hot) / batch size.
+
+        What lies beside the samples is computed too, and used by nobody.
+        """
         shape = (self.n_heads, self.n_classes, -1)
         logits, error = self.logits[batch].mul_(self.rate).view(shape), self.error[batch].view(shape)
         torch.softmax(logits, 1, out=error)
@@ -268,6 +307,11 @@ class HeadTrainer:
                 logits.addmm_(views.weight_lp, columns)
             else:
                 logits.baddbmm_(views.weight_lp, columns)
+
+
+def _whole_vectors(size: int) -> int:
+    """``size`` rounded up so that Adam's kernel has no remainder, which it rounds otherwise than the rest."""
+    return -(-size // 64) * 64
 
 
 def _matmul(views: SpanViews) -> Callable[..., Tensor]:

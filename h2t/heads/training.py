@@ -13,7 +13,7 @@ from h2t.errors import UserError, unknown
 from h2t.features import FeatureLayout
 from h2t.heads.blocks import HeadGroup, HeadStack
 from h2t.heads.spec import HeadSpec, Precision, Regularizer
-from h2t.heads.trainer import Batches, HeadTrainer
+from h2t.heads.trainer import FEWEST_ROWS, Batches, HeadTrainer
 
 __all__ = ["HeadSpec", "HeadStack", "checked", "train_groups", "train_heads", "train_stacks"]
 
@@ -76,16 +76,18 @@ def train_stacks(
     rows = _for_products(rows, device, precision)
     for heads in _stacks(specs, at_once):
         inputs = rows if rows.ndim == 2 else rows[heads]
-        group = HeadGroup(inputs, [specs[head] for head in heads], layout)
+        members = [specs[head] for head in heads]
+        if rows.ndim == 2:  # company for a head of few classes, for the product to take its usual way
+            members += members[-1:] * max(0, -(-FEWEST_ROWS // n_classes) - len(members))
         # No name for the trainer: its weights and squares are given back before the next one starts.
         with _tf32(precision == "tf32"):
-            (stack,) = HeadTrainer(batches, [group], offload=offload).train()
-        yield heads, stack
+            (stack,) = HeadTrainer(batches, [HeadGroup(inputs, members, layout)], offload=offload).train()
+        n_heads = len(heads)
+        yield heads, HeadStack(stack.weight[:n_heads], stack.bias[:n_heads], stack.train_loss[:n_heads])
 
 
 def train_groups(
-    groups: Sequence[tuple[Array, Sequence[HeadSpec]]],
-    labels: Array,
+    groups: Sequence[tuple[Array, Array, Sequence[HeadSpec]]],
     *,
     n_classes: int,
     batch_size: int = 128,
@@ -94,22 +96,26 @@ def train_groups(
 ) -> list[HeadStack]:
     """Train groups of heads side by side, each as :func:`train_heads` would train it.
 
-    Each group is (features, specs) as in :func:`train_heads`, its specs ordered by regularizer. Use it for
-    many small heads: the time of such a head is kernel launches, which a joint step makes once.
+    Each group is (features, labels, specs): features [n_heads, n_samples, n_features] and labels
+    [n_heads, n_samples], in an order of its own for each head, and specs ordered by regularizer; all groups
+    have as many samples. Use it for many small heads: the time of such a head is kernel launches, which a
+    joint step makes once.
 
     Raises UserError as :func:`train_heads` does, and for specs of different numbers of steps.
     """
-    steps = sorted({spec.steps for _, specs in groups for spec in specs})
+    steps = sorted({spec.steps for *_, specs in groups for spec in specs})
     if len(steps) != 1:
         raise UserError(f"expected groups of equal steps, got {', '.join(map(str, steps)) or 'none'}")
     device = torch.device(device or "cpu")
-    head_groups = []
-    for features, specs in groups:
-        rows, targets = checked(features, labels, n_classes)
+    head_groups, targets = [], []
+    for features, labels, specs in groups:
+        rows, of_rows = checked(features, labels, n_classes)
         _check_specs(specs, rows)
         head_groups.append(HeadGroup(_for_products(rows, device, precision), specs))
+        targets.append(of_rows.expand(len(specs), -1))
+    batches = Batches(torch.cat(targets).to(device), n_classes, batch_size)
     with _tf32(precision == "tf32"):
-        return HeadTrainer(Batches(targets.to(device), n_classes, batch_size), head_groups).train()
+        return HeadTrainer(batches, head_groups).train()
 
 
 def _for_products(rows: Tensor, device: torch.device, precision: Precision) -> Tensor:
@@ -134,7 +140,7 @@ def checked(features: Array, labels: Array, n_classes: int) -> tuple[Tensor, Ten
     range.
     """
     rows, targets = _tensor(features), _tensor(labels)
-    if rows.ndim not in (2, 3) or targets.shape != rows.shape[-2:-1]:
+    if rows.ndim not in (2, 3) or targets.shape not in (rows.shape[-2:-1], rows.shape[:-1]):
         raise UserError(
             "expected features [n_samples, n_features] and labels [n_samples], got "
             f"{list(rows.shape)} and {list(targets.shape)}"

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -208,7 +209,8 @@ def test_groups_side_by_side_equal_their_single_runs(precision: Precision) -> No
         (np.stack([example(n_features=7, seed=seed)[0] for seed in range(3)]), [HeadSpec(0.1, 20)] * 3),
         (example(n_features=300)[0], [HeadSpec(0.1, 20, "l2", 1e-3)]),
     ]
-    stacks = train_groups(groups, labels, n_classes=4, precision=precision)
+    with_labels = [(features, labels, specs) for features, specs in groups]
+    stacks = train_groups(with_labels, n_classes=4, precision=precision)
     for (features, specs), stack in zip(groups, stacks, strict=True):
         alone = train_heads(features, labels, specs, n_classes=4, precision=precision)
         torch.testing.assert_close(stack.weight, alone.weight, atol=2e-5, rtol=0)
@@ -219,7 +221,7 @@ def test_groups_side_by_side_equal_their_single_runs(precision: Precision) -> No
 def test_groups_of_different_steps_are_refused() -> None:
     features, labels = example()
     with pytest.raises(UserError, match="equal steps, got 5, 6"):
-        train_groups([(features, [HeadSpec(0.1, 6)]), (features, [HeadSpec(0.1, 5)])], labels, n_classes=4)
+        train_groups([(features, labels, [HeadSpec(0.1, steps)]) for steps in (6, 5)], n_classes=4)
 
 
 @pytest.mark.parametrize("block_bytes", [4 * 28 * 128, 4 * 28 * 320])
@@ -356,3 +358,53 @@ def test_infinity_is_named_by_its_row() -> None:
     features[5, 3] = np.inf
     with pytest.raises(UserError, match="row 5"):
         train_heads(features, labels, MIXED, n_classes=4)
+
+
+def bitwise_equal(first: HeadStack, second: HeadStack) -> bool:
+    parts = ("weight", "bias", "train_loss")
+    return all(torch.equal(getattr(first, part), getattr(second, part)) for part in parts)
+
+
+@pytest.mark.parametrize(("n_classes", "n_features"), [(2, 700), (3, 131), (10, 1500), (37, 64)])
+@pytest.mark.parametrize("batch_size", [128, 20])
+def test_company_changes_no_bit_of_a_head(n_classes: int, n_features: int, batch_size: int) -> None:
+    """Whichever heads are trained beside it, and within whatever memory."""
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(150, n_features)).astype(np.float32)
+    labels = np.arange(150) % n_classes
+    regularizers: list[tuple[Regularizer | None, float]] = [
+        (None, 0), ("l1", 1e-3), ("l2", 1e-3), ("l21", 1e-3), ("layergroup", 1e-2)
+    ]  # fmt: skip
+    rates = (0.1, 0.03, 0.01)
+    specs = [HeadSpec(rate, 12, *r, seed) for rate, r, seed in product(rates, regularizers, range(3))]
+    options = {
+        "n_classes": n_classes, "batch_size": batch_size,
+        "layout": FeatureLayout(("a", "b"), (41, n_features - 41)),
+    }  # fmt: skip
+    together = train_heads(features, labels, specs, **options)
+    for n_heads in (1, 2, 7, 40):
+        budget = n_heads * 3 * 4 * n_features * n_classes
+        assert bitwise_equal(train_heads(features, labels, specs, memory_budget=budget, **options), together)
+    assert bitwise_equal(train_heads(features, labels, specs, memory_budget=1, **options), together)
+    for chosen in ([5], [44, 3], [9, 8, 7], list(range(1, 45, 2))):
+        some = train_heads(features, labels, [specs[head] for head in chosen], **options)
+        expected = HeadStack(together.weight[chosen], together.bias[chosen], together.train_loss[chosen])
+        assert bitwise_equal(some, expected)
+
+
+@pytest.mark.parametrize("n_classes", [2, 10])
+def test_groups_of_heads_in_orders_of_their_own_change_no_bit(n_classes: int) -> None:
+    generator = np.random.default_rng(0)
+    groups = []
+    for n_heads, n_kept in ((1, 3), (4, 7), (2, 700), (3, 47)):
+        features = generator.normal(size=(n_heads, 150, n_kept)).astype(np.float32)
+        labels = np.stack([generator.permutation(np.arange(150) % n_classes) for _ in range(n_heads)])
+        groups.append((features, labels, [HeadSpec(0.1, 12, seed=seed) for seed in range(n_heads)]))
+    stacks = train_groups(groups, n_classes=n_classes)
+    for (features, labels, specs), stack in zip(groups, stacks, strict=True):
+        for head, spec in enumerate(specs):
+            one = slice(head, head + 1)
+            (alone,) = train_groups([(features[one], labels[one], [spec])], n_classes=n_classes)
+            assert bitwise_equal(alone, HeadStack(stack.weight[one], stack.bias[one], stack.train_loss[one]))
+            shared = train_heads(features[head], labels[head], [spec], n_classes=n_classes)
+            torch.testing.assert_close(shared.weight, stack.weight[one], atol=1e-4, rtol=0)
