@@ -32,6 +32,9 @@ _LAYOUT = "a Parquet file with a column 'split', or a folder with files named af
 # Looked for in this order where the recipe names no column.
 _IMAGE_COLUMNS = ("image", "image_bytes", "img", "webp", "png", "jpg", "jpeg")
 _LABEL_COLUMNS = ("label", "cls", "labels", "fine_label")
+DATASET = "h2t.dataset"
+"""The metadata entry that names the data set which the images were prepared from, with its version."""
+
 _INDEX_COLUMN, _SPLIT_COLUMN = "index", "split"
 
 
@@ -109,15 +112,18 @@ class ParquetSource(FileSource):
         return _class_names(self)
 
     def provenance(self) -> dict[str, str]:
-        """Root and encoding of the first image."""
+        """Root, encoding of the first image, and the data set's version where ``h2t prepare`` wrote it."""
         first = self.read("train", range(min(1, len(self.labels("train")))))
         data = b"".join(image.data for image in first if isinstance(image, EncodedImage))
-        return {
+        described = {
             "source": "parquet",
             "root": self.root,
             "encoding": describe_encoding(data, self.task),
             "licence": self.task.licence,
         }
+        with _reading(self.root, _files_of(self, "train")[0]) as file:
+            written = (file.schema_arrow.metadata or {}).get(DATASET.encode())
+        return described | ({"dataset": written.decode()} if written else {})
 
 
 def open_parquet(

@@ -19,6 +19,7 @@ from PIL import Image as PillowImage
 from pyarrow.fs import FileSystem, FileType
 
 from h2t.errors import UserError, unknown
+from h2t.images.parquet import DATASET
 from h2t.images.remote import open_root
 from h2t.images.source import SourceUnavailable
 from h2t.tasks import Task
@@ -83,12 +84,17 @@ def _field(name: str) -> Callable[[Record], int]:
 
 @dataclass(frozen=True)
 class VtabRule:
-    """How a VTAB-1k task is made of a data set; splits in TensorFlow Datasets' notation."""
+    """How a VTAB-1k task is made of a data set; splits and versions in TensorFlow Datasets' notation.
+
+    ``dataset``: the version of VTAB's own code (google-research/task_adaptation), ``later`` one to take where
+    that can no longer be made.
+    """
 
     dataset: str
     train: str  # VTAB's 800 training and 200 validation images
     test: str = "test"
     label: Callable[[Record], int] = stated_label
+    later: str = ""
     brightness: int = 1  # what the stored pixels are multiplied by
 
     @property
@@ -108,7 +114,9 @@ RULES: dict[str, VtabRule] = {
     "dtd": VtabRule("dtd:3.*.*", _WITH_VALIDATION),
     "oxford_flowers102": VtabRule("oxford_flowers102:2.*.*", _WITH_VALIDATION),
     # Version 4 has the same images in the same order, some encoded anew, and is all that new releases make.
-    "oxford_iiit_pet": VtabRule("oxford_iiit_pet:*.*.*", "train[:800]+train[2944:3144]"),
+    "oxford_iiit_pet": VtabRule(
+        "oxford_iiit_pet:3.*.*", "train[:800]+train[2944:3144]", later="oxford_iiit_pet:4.*.*"
+    ),
     "svhn": VtabRule("svhn_cropped:3.*.*", "train[:800]+train[65931:66131]"),
     "sun397": VtabRule("sun397/tfds:4.*.*", _WITH_VALIDATION),
     "patch_camelyon": VtabRule("patch_camelyon:2.*.*", _WITH_VALIDATION),
@@ -118,8 +126,9 @@ RULES: dict[str, VtabRule] = {
     "clevr_count": VtabRule(*_CLEVR, label=clevr_count),
     "clevr_dist": VtabRule(*_CLEVR, label=clevr_distance),
     "dmlab": VtabRule("dmlab:2.0.1", _WITH_VALIDATION),
-    # Version 3.3.0 only names what 3.2.0 numbers, and is all that new releases make.
-    "kitti": VtabRule("kitti:3.*.*", _WITH_VALIDATION, label=kitti_distance),
+    # Version 3.2.0 mends boxes, which the labels do not use; 3.3.0 only names what that numbers, and is all
+    # that new releases make.
+    "kitti": VtabRule("kitti:3.1.0", _WITH_VALIDATION, label=kitti_distance, later="kitti:3.*.*"),
     "dsprites_loc": VtabRule(*_DSPRITES, label=dsprites_location, brightness=255),
     "dsprites_ori": VtabRule(*_DSPRITES, label=dsprites_orientation, brightness=255),
     "smallnorb_azi": VtabRule(*_SMALLNORB, label=_field("label_azimuth")),
@@ -193,14 +202,26 @@ def prepare_task(
     ]
     if not missing:
         return {}
-    records = records or open_records(rule.dataset, data_dir)
+    dataset = rule.dataset
+    if records is None:
+        dataset, records = _open_either(rule, data_dir)
     sizes = {name: len(split) for name, split in records.items()}
     resolved = {name: resolve_split(rule.splits[name], sizes) for name in missing}
     filesystem.create_dir(f"{base}/{task.name}", recursive=True)
     return {
-        name: _write(_rows(rule, records, parts, partial(progress, name)), filesystem, paths[name])
+        name: _write(_rows(rule, records, parts, partial(progress, name)), filesystem, paths[name], dataset)
         for name, parts in resolved.items()
     }
+
+
+def _open_either(rule: VtabRule, data_dir: str) -> tuple[str, Records]:
+    """The version that can be had, VTAB's own first, and its examples."""
+    try:
+        return rule.dataset, open_records(rule.dataset, data_dir)
+    except SourceUnavailable:
+        if not rule.later:
+            raise
+        return rule.later, open_records(rule.later, data_dir)
 
 
 def open_records(dataset: str, data_dir: str) -> Records:
@@ -283,14 +304,18 @@ def lossless(image: bytes | np.ndarray, brightness: int = 1) -> bytes:
     return written.getvalue()
 
 
-def _write(rows: Iterator[_Row], filesystem: FileSystem, path: str) -> int:
-    """Writes rows to a Parquet file that appears whole or not at all; returns their number."""
+def _write(rows: Iterator[_Row], filesystem: FileSystem, path: str, dataset: str) -> int:
+    """Writes rows to a Parquet file that appears whole or not at all; returns their number.
+
+    The file's metadata names the data set and its version.
+    """
+    schema = _SCHEMA.with_metadata({DATASET: dataset})
     temporary = f"{path}.part"
     n_rows = 0
     # Images are compressed already.
     with (
         filesystem.open_output_stream(temporary) as stream,
-        pq.ParquetWriter(stream, _SCHEMA, compression="none") as writer,
+        pq.ParquetWriter(stream, schema, compression="none") as writer,
     ):
         while group := list(islice(rows, _ROWS_PER_GROUP)):
             writer.write_table(_table(group, n_rows))

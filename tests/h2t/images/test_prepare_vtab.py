@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from h2t.errors import UserError
+from h2t.images import prepare_vtab
 from h2t.images.formats import open_source
 from h2t.images.prepare_vtab import (
     RULES,
@@ -270,6 +271,7 @@ def test_prepared_task_reads_back(tmp_path: Path, dsprites_records, monkeypatch:
     assert pixels.shape == (4, 4, 3)
     assert pixels[..., 0].ravel().nonzero()[0].tolist() == [589_825 % 16]
     assert pixels.max() == 255
+    assert source.provenance()["dataset"] == "dsprites:2.*.*"
     folds_rows = open_source("parquet", task, destination, {"train": "first1000"})
     np.testing.assert_array_equal(folds_rows.labels("train"), np.arange(1000) % 32 // 2)
 
@@ -300,6 +302,28 @@ def test_only_missing_files_are_written_and_a_failure_leaves_none(
     assert prepare_task(task, "", str(tmp_path), records=dsprites_records) == {"first1000": 1000}
     assert prepare_task(task, "", str(tmp_path), records=dsprites_records) == {}
     assert pq.read_table(folder / "first1000.parquet").column("index").to_pylist() == list(range(1000))
+
+
+def test_the_version_of_vtab_is_taken_where_it_can_be_had_and_the_file_says_which(
+    tmp_path: Path, encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, image = find_task("kitti"), encode(np.zeros((2, 2, 3), np.uint8))
+    record = {"image": image, "objects": {"type": np.array([0]), "location": np.array([[0.0, 0.0, 5.0]])}}
+    available = {"kitti:3.*.*"}
+
+    def opened(dataset: str, data_dir: str) -> dict[str, list]:
+        if dataset not in available:
+            raise SourceUnavailable(f"no {dataset}")
+        return {"train": [record] * 1000, "validation": [record] * 200, "test": [record] * 3}
+
+    monkeypatch.setattr(prepare_vtab, "open_records", opened)
+    for expected in ("kitti:3.*.*", "kitti:3.1.0"):
+        available.add(expected)
+        prepare_task(task, "", str(tmp_path / expected[:9]))
+        source = open_source("parquet", task, str(tmp_path / expected[:9]), {})
+        assert source.provenance()["dataset"] == expected
+    with pytest.raises(SourceUnavailable, match=r"no oxford_iiit_pet:4\.\*\.\*"):
+        prepare_task(find_task("pets"), "", str(tmp_path))
 
 
 def test_what_cannot_be_prepared(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The sprites against their recipe."""
 
 import numpy as np
+import pytest
 
 from h2t.images import sprites
 
@@ -22,13 +23,30 @@ def test_images_are_binary_rgb() -> None:
     assert (images == images[..., :1]).all()
 
 
-def test_upright_square_is_22_pixels_wide_at_scale_one_and_11_at_half() -> None:
-    # The centre of place 0 is at pixel 16, so the square covers the pixel centres 5.5 to 26.5.
+def test_the_mean_pixel_is_the_published_one() -> None:
+    """Over all shapes, scales and orientations, at four places."""
+    codes = [np.arange(n) for n in (sprites.N_SHAPES, sprites.N_SCALES, sprites.N_ORIENTATIONS)]
+    everything = np.array(np.meshgrid(*codes, [3, 28], [7, 20])).reshape(5, -1).T
+    pixels = sprites.render(everything) / 255
+    np.testing.assert_allclose(pixels.mean(), sprites.MEAN_PIXEL, rtol=0.01)
+    np.testing.assert_allclose(pixels.std(), 0.20171, rtol=0.005)
+
+
+@pytest.mark.parametrize("shape", range(sprites.N_SHAPES))
+def test_the_centre_of_mass_is_at_the_position(shape: int) -> None:
+    for orientation, x, y in ((0, 0, 0), (7, 31, 0), (20, 10, 25), (33, 0, 31)):
+        rows, columns = np.nonzero(white(shape, orientation=orientation, x=x, y=y))
+        centres = np.linspace(16, 48, sprites.N_POSITIONS)
+        np.testing.assert_allclose([columns.mean() + 0.5, rows.mean() + 0.5], centres[[x, y]], atol=0.3)
+
+
+def test_upright_square_is_18_pixels_wide_at_scale_one() -> None:
+    # The centre of place 0 is at pixel 16, so the square covers the pixel centres 7.5 to 24.5.
     rows, columns = np.nonzero(white(0, x=0, y=0))
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (5, 26, 5, 26)
-    assert white(0, scale=5, x=0, y=0).sum() == 22 * 22
-    # 5.5 pixels either side of 16: centres 10.5 to 21.5 inclusive.
-    assert white(0, scale=0, x=0, y=0).sum() == 12 * 12
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (7, 24, 7, 24)
+    assert white(0, scale=5, x=0, y=0).sum() == 18 * 18
+    # 4.455 pixels either side of 16: centres 12.5 to 19.5 inclusive.
+    assert white(0, scale=0, x=0, y=0).sum() == 8 * 8
 
 
 def test_area_grows_with_the_square_of_the_scale() -> None:
@@ -39,9 +57,9 @@ def test_area_grows_with_the_square_of_the_scale() -> None:
 
 def test_ellipse_area_and_half_axes() -> None:
     inside = white(1, x=0, y=0)
-    np.testing.assert_allclose(inside.sum(), np.pi * 15 * 8, rtol=0.02)
+    np.testing.assert_allclose(inside.sum(), np.pi * 12.15 * 6.48, rtol=0.04)
     rows, columns = np.nonzero(inside)
-    assert (np.ptp(columns) + 1, np.ptp(rows) + 1) == (30, 16)
+    assert (np.ptp(columns) + 1, np.ptp(rows) + 1) == (24, 12)
 
 
 def test_heart_points_down_and_is_symmetric_left_to_right() -> None:
