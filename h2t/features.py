@@ -48,9 +48,13 @@ class FeatureLayout:
         return FeatureLayout(self.taps, tuple(widths.tolist()))
 
 
+EMBEDDING = "pre_logits"
+"""The tap that a backbone's own classifier reads."""
+
+
 def default_embedding(taps: Sequence[str]) -> str:
     """The tap that methods on the embedding read, unless another is named: ``pre_logits``, or the last."""
-    return "pre_logits" if "pre_logits" in taps else taps[-1]
+    return EMBEDDING if EMBEDDING in taps else taps[-1]
 
 
 def unit_norm(features: Matrix, layout: FeatureLayout, out: Matrix | None = None) -> Matrix:

@@ -71,8 +71,9 @@ def features_key(task: TaskData, split: Split) -> str:
     backbone = config.backbone.model_dump(mode="json", exclude={"weights", "sha256"})
     weights = weights_identity(config.backbone.name, config.backbone.weights, config.backbone.sha256)
     return fingerprint(
-        FEATURES_VERSION, backbone, weights, task.image_identity(split), split, config.on_bad_image
-    )
+        FEATURES_VERSION, backbone, weights, task.image_identity(split), split, config.on_bad_image,
+        *([] if config.deterministic == "machine" else [config.deterministic]),
+    )  # fmt: skip
 
 
 def heads_key(task: TaskData, split: Split) -> str:

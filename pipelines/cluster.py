@@ -6,9 +6,10 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -59,8 +60,14 @@ class Cluster:
     cores: int
 
 
-def connect(address: str | None = None, cores: int | None = None) -> Cluster:
+def connect(
+    address: str | None = None,
+    cores: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Cluster:
     """Connect to the cluster at ``address`` (or ``RAY_ADDRESS``), or start one on this machine.
+
+    ``environment``: variables of every worker.
 
     Raises UserError when there is no cluster at the address, or that is one of the dashboard.
     """
@@ -68,7 +75,7 @@ def connect(address: str | None = None, cores: int | None = None) -> Cluster:
     address = address or os.environ.get("RAY_ADDRESS")
     cores = cores or available_cores()
     if not ray.is_initialized():
-        _start(address, cores)
+        _start(address, cores, environment or {})
     total = ray.cluster_resources()
     nodes = sum(node["Alive"] for node in ray.nodes())
     return Cluster(int(total.get("CPU", 0)), int(total.get("GPU", 0)), nodes, address is None, cores)
@@ -99,7 +106,7 @@ def _temporary_folder() -> str | None:
     )
 
 
-def _start(address: str | None, cores: int) -> None:
+def _start(address: str | None, cores: int, environment: Mapping[str, str]) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints a banner even when told to be silent
     # Of each thread's own heap glibc keeps what was freed, and Ray's workers have many threads.
@@ -107,7 +114,9 @@ def _start(address: str | None, cores: int) -> None:
     # First touching the memory of activations and features is a large part of computing them.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs it raises as well
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if environment:
+        quiet["runtime_env"] = {"env_vars": dict(environment)}
     if address is None:
         ray.init(
             num_cpus=cores + SPARE_CPUS,

@@ -174,7 +174,7 @@ class Resources(_Section):
     images_per_forward: Count = 50
     feature_compression: Literal["none", "zstd"] = "none"
     max_failures: Annotated[int, Field(ge=0)] = 2
-    no_progress_timeout_s: Annotated[float, Field(ge=10)] = 120.0
+    no_progress_timeout_s: Annotated[float, Field(ge=10)] = 1800.0
 
 
 class FinetuneConfig(_Section):
@@ -213,7 +213,12 @@ class FinetuneConfig(_Section):
 
 
 class Config(_Section):
-    """Everything that determines a run's results, and how its work is spread."""
+    """Everything that determines a run's results, and how its work is spread.
+
+    ``deterministic``: "machine" repeats results to the last bit on processors of one kind with one thread per
+    trial; "strict" also on other kinds that have AVX2, and with more threads, at the price of using no wider
+    instructions.
+    """
 
     name: FolderName
     backbone: BackboneConfig
@@ -227,6 +232,7 @@ class Config(_Section):
     seeds: Values[Seed] = [0, 1, 2]
     batch_size: Count = 128
     head_precision: Precision = "float32"
+    deterministic: Literal["machine", "strict"] = "machine"
     on_bad_image: Literal["refuse", "skip"] = "refuse"
     resources: Resources = Resources()
 

@@ -34,7 +34,7 @@ from pipelines.choice import read_chosen
 from pipelines.cluster import trial_resources
 from pipelines.config import Config
 from pipelines.feature_files import read_features
-from pipelines.head_training import fit_heads
+from pipelines.head_training import fit_heads, training_machine
 from pipelines.products import Files, Gap, RowFiles, Shard, count_rows, shards
 from pipelines.results import kept_rows, outcome_of_head, prediction_table, result_rows
 from pipelines.run_directory import RunDirectory
@@ -96,6 +96,7 @@ def train_together(
                     "task": task.name,
                     "train_seconds": f"{seconds:.3f}",
                     "peak_memory_bytes": str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+                    **{name: str(value) for name, value in training_machine().items()},
                 }
                 with run.writing(name) as sink:
                     save_head(

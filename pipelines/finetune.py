@@ -288,8 +288,10 @@ def make_results(session: Session, tasks: Sequence[str], advance: Advance) -> No
 def outcome_of_model(run: RunDirectory, member: Finetuning, config: Config) -> Outcome:
     """The outcome of a training from the file of its model."""
     content = model_content(run.read_header(member.file))
-    carried = ("n_features", "n_kept", "seconds", "peak_memory_bytes", "weights", "train_loss", "status",
-               "diverged_at")  # fmt: skip
+    carried = (
+        "n_features", "n_kept", "seconds", "peak_memory_bytes", "processor", "threads", "weights",
+        "train_loss", "status", "diverged_at",
+    )  # fmt: skip
     return Outcome(
         member.point,
         member.seed,

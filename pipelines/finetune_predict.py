@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from h2t.backbones.loading import default_device
+from h2t.device import default_device
 from h2t.finetuning import OutOfMemory, TrainableModel, load_model, predict_logits
 from pipelines.artifacts import Finetuning
 from pipelines.finetune_trial import backbone_to_train, with_advice

@@ -16,7 +16,8 @@ import torch
 from torch.distributed import get_rank, is_initialized
 
 from h2t.adapter import load_head
-from h2t.backbones.loading import Backbone, default_device, load_backbone
+from h2t.backbones.loading import Backbone, load_backbone
+from h2t.device import default_device
 from h2t.errors import UserError
 from h2t.finetuning import (
     Checkpoints,
@@ -36,10 +37,10 @@ from h2t.metrics import accuracy, cross_entropy
 from pipelines.artifacts import Finetuning, task_columns, write_rows
 from pipelines.config import Config
 from pipelines.feature_files import read_features
-from pipelines.head_training import fit_heads, shuffle_of
+from pipelines.head_training import fit_heads, shuffle_of, training_machine
 from pipelines.run_directory import RunDirectory
 from pipelines.schemas import TRIALS
-from pipelines.shard_stream import preprocessing_of
+from pipelines.shard_stream import preprocessing_of, read_in_turn
 from pipelines.task_data import Split, TaskData
 
 MEMORY_ADVICE = (
@@ -83,11 +84,11 @@ def base_features(
 def read_images(
     task: TaskData, split: Split, rows: np.ndarray, preprocessing: Preprocessing
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Images uint8 [height, width, 3] and labels int32 [n] of a split; bad ones are refused or left out."""
+    """Images as ``prepare`` leaves them and labels int32 [n] of a split; bad ones are refused or left out."""
     known = {bad.index for bad in task.bad_rows if bad.split == split}
     rows = np.array([row for row in rows if row not in known], np.int64)
     images, kept = [], []
-    for row, image in zip(rows, task.read(split, rows.tolist()), strict=True):
+    for row, image in read_in_turn(task, split, rows.tolist()):
         try:
             images.append(prepare(image, preprocessing))
             kept.append(row)
@@ -178,6 +179,7 @@ def describe(
         "losses": [round(float(loss), 5) for loss in training.losses],
         "seconds": training.seconds,
         "peak_memory_bytes": peak,
+        **training_machine(),
         "status": "done" if training.diverged_at is None else "failed",
         "diverged_at": training.diverged_at or 0,
     }

@@ -1,11 +1,12 @@
 """Training heads on stored features with the settings of a recipe; used by every stage that trains heads."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from h2t.backbones.loading import default_device
+from h2t.device import default_device, processor
 from h2t.head2toe import Head, fit
 from h2t.hyperparameters import Hyperparameters
 from pipelines.feature_files import FeatureMatrix
@@ -15,6 +16,11 @@ from pipelines.task_data import TaskData
 def shuffle_of(task: TaskData, fold: int | None) -> tuple[int, int]:
     """Numbers that, with the seed of a training, draw the order of its rows: of the run, and of the fold."""
     return task.config.seed, 0 if fold is None else fold + 1
+
+
+def training_machine() -> dict[str, Any]:
+    """Columns of ``schemas.RESULTS`` that say what trains here: sums are rounded otherwise elsewhere."""
+    return {"processor": processor(), "threads": torch.get_num_threads()}
 
 
 def fit_heads(

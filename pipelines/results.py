@@ -31,6 +31,8 @@ class Outcome:
     n_kept: int
     seconds: float
     peak_memory_bytes: int
+    processor: str
+    threads: int
     weights: str
     train_loss: float
     status: str = "done"
@@ -78,6 +80,8 @@ def result_row(
         "diverged_at": outcome.diverged_at,
         "train_seconds": outcome.seconds,
         "peak_memory_bytes": outcome.peak_memory_bytes,
+        "processor": outcome.processor,
+        "threads": outcome.threads,
         "modelled_flops": flops,
         "modelled_storage_bytes": storage_bytes(point.method, cost, head),
         "image_source": config.task_images(task.name).format,
@@ -114,6 +118,8 @@ def outcome_of_head(head: Head, provenance: Mapping[str, str], weights: str, bat
         len(head.kept),
         float(provenance["train_seconds"]),
         int(provenance["peak_memory_bytes"]),
+        provenance["processor"],
+        int(provenance["threads"]),
         weights,
         head.train_loss,
         batch_size=batch_size,

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from h2t.device import slow_in_bfloat16
+from h2t.methods import METHODS
 from pipelines import evaluate, extract, finetune, sweep
 from pipelines.config import Config
 from pipelines.products import is_whole
@@ -35,6 +37,11 @@ def run_stages(
         if task.left_out:
             first = task.left_out[0]
             console.print(f"{task.name}: {len(task.left_out)} files, such as {first.path}: {first.reason}")
+    if address is None and "bfloat16" in precisions(config) and slow_in_bfloat16():
+        console.print(
+            "bfloat16 is about ten times slower than float32 on this processor, which has no AVX-512: "
+            "choose float32 for backbone.precision, head_precision and finetune.precision"
+        )
     write_record(config, session.run)
     seconds = {}
     for stage in stages:
@@ -43,6 +50,14 @@ def run_stages(
             run_step(session, step)
         seconds[stage] = time.monotonic() - started
     return seconds
+
+
+def precisions(config: Config) -> set[str]:
+    """Everything that a run computes in."""
+    finetuned = any(METHODS[method].trains_backbone for method in config.methods)
+    return {
+        config.backbone.precision, config.head_precision, *([config.finetune.precision] if finetuned else [])
+    }  # fmt: skip
 
 
 def run_step(session: Session, step: Step) -> int:

@@ -30,7 +30,8 @@ RESULTS = pa.schema([
     ("n_test", INTEGER), ("n_correct", INTEGER), ("n_train", INTEGER), ("n_classes", INTEGER),
     ("n_features", INTEGER), ("n_kept", INTEGER), *_POINT[1:], ("validation_accuracy", NUMBER),
     ("train_loss", NUMBER), ("diverged_at", INTEGER), ("train_seconds", NUMBER),
-    ("peak_memory_bytes", INTEGER), ("modelled_flops", NUMBER), ("modelled_storage_bytes", INTEGER),
+    ("peak_memory_bytes", INTEGER), ("processor", TEXT), ("threads", INTEGER),
+    ("modelled_flops", NUMBER), ("modelled_storage_bytes", INTEGER),
     ("image_source", TEXT), ("preprocessing", TEXT), ("fold_scheme", TEXT), ("weights", TEXT),
     ("fingerprint", TEXT),
 ])  # fmt: skip

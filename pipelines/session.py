@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from h2t.device import STRICT
 from pipelines.cluster import Cluster, connect
 from pipelines.config import Config
 from pipelines.run_directory import RunDirectory
@@ -33,7 +34,7 @@ class Session:
     @cached_property
     def cluster(self) -> Cluster:
         """The Ray cluster, connected to or started here."""
-        return connect(self.address)
+        return connect(self.address, environment=STRICT if self.config.deterministic == "strict" else None)
 
 
 class Product(Protocol):

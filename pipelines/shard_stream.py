@@ -1,7 +1,7 @@
 """One Ray Data pipeline: shards of images, decoded on CPU workers, into a fixed pool of actors.
 
-Encoded bytes travel to the decoding task, uint8 pixels from there to the actor, and one small row back. The
-actor writes its results itself, so nothing large passes the object store.
+A decoding task reads encoded bytes, pixels of bounded size travel from there to the actor, and one small row
+comes back. The actor writes its results itself, so nothing large passes the object store.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,21 +14,23 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from h2t.backbones.loading import Backbone, default_device, load_backbone
+from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap_reader import TapReader
+from h2t.device import default_device
 from h2t.errors import UserError
 from h2t.extraction import preprocessing_config
 from h2t.images.preprocessing import Preprocessing, prepare, to_batch
-from h2t.images.source import BadImage, BadRow
+from h2t.images.source import BadImage, BadRow, Image
 from pipelines.artifacts import backbone_folder, bad_rows_file, write_rows
 from pipelines.cluster import POOL_NOISE, backbone_actors, without_line
 from pipelines.config import BackboneConfig, Config
 from pipelines.products import Shard
 from pipelines.schemas import BAD_ROWS
 from pipelines.session import Advance, Session
-from pipelines.task_data import TaskData, refuse_bad_rows
+from pipelines.task_data import Split, TaskData, refuse_bad_rows
 from pipelines.worker_errors import raise_user_error, user_error_of
 
+READ_AT_ONCE = 16  # images: as many as an object store is asked for side by side
 # The fields of BadRow; the backbone is added when they are written.
 BAD_ROW = pa.struct([field for field in BAD_ROWS if field.name != "backbone"])
 
@@ -37,7 +39,7 @@ class ShardStep(Protocol):
     """The part of a stage that an actor does: from a decoded shard to files."""
 
     def __call__(self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
-        """Write the shard's files from its images, uint8 [height, width, 3] each, and their indices int32."""
+        """Write the shard's files from its images, as ``prepare`` leaves them, and their indices int32."""
         ...
 
 
@@ -135,7 +137,7 @@ class ShardActor:
 
 
 def decode_shard(batch: pa.Table, shared: list[ray.ObjectRef]) -> pa.Table:
-    """Read and decode one shard: pixels uint8 back to back, the height and width of each image, bad rows."""
+    """Read and decode one shard: images back to back, height, width and type of each, bad rows."""
     known = ray.get(shared[0])
     number = batch["shard"][0].as_py()
     shard: Shard = known["shards"][number]
@@ -145,7 +147,8 @@ def decode_shard(batch: pa.Table, shared: list[ray.ObjectRef]) -> pa.Table:
     user_error = user_error_of(
         lambda: _decode(shard, known["tasks"][shard.task], known["preprocessing"], pixels, kept, bad)
     )
-    flat = np.concatenate([image.reshape(-1) for image in pixels]) if pixels else np.empty(0, np.uint8)
+    parts = [image.reshape(-1).view(np.uint8) for image in pixels]
+    flat = np.concatenate(parts) if parts else np.empty(0, np.uint8)
     return pa.table(
         {
             "shard": [number],
@@ -153,6 +156,7 @@ def decode_shard(batch: pa.Table, shared: list[ray.ObjectRef]) -> pa.Table:
             "index": pa.array([kept], pa.list_(pa.int32())),
             "height": pa.array([[image.shape[0] for image in pixels]], pa.list_(pa.int32())),
             "width": pa.array([[image.shape[1] for image in pixels]], pa.list_(pa.int32())),
+            "type": pa.array([[image.dtype.str for image in pixels]], pa.list_(pa.string())),
             "bad": pa.array([[asdict(row) for row in bad]], pa.list_(BAD_ROW)),
             "user_error": [user_error],
         }
@@ -170,7 +174,7 @@ def _decode(
     """Fill the lists with images, their indices, and the rows that are bad."""
     bad += [row for row in task.bad_rows if row.split == shard.split and row.index in shard.indices]
     usable = sorted(set(shard.indices) - {row.index for row in bad})
-    for index, image in zip(usable, task.read(shard.split, usable), strict=True):
+    for index, image in read_in_turn(task, shard.split, usable):
         try:
             pixels.append(np.ascontiguousarray(prepare(image, preprocessing)))
             kept.append(index)
@@ -178,15 +182,23 @@ def _decode(
             bad.append(BadRow(shard.task, shard.split, index, error.path, error.reason))
 
 
+def read_in_turn(task: TaskData, split: Split, rows: Sequence[int]) -> Iterator[tuple[int, Image]]:
+    """Rows and their images, few of them in memory at once: photographs are large even as stored."""
+    for start in range(0, len(rows), READ_AT_ONCE):
+        some = rows[start : start + READ_AT_ONCE]
+        yield from zip(some, task.read(split, some), strict=True)
+
+
 def decoded_images(batch: pa.Table) -> tuple[list[np.ndarray], np.ndarray]:
-    """The images of a decoded shard, uint8 [height, width, 3] (read-only views), and their indices int32."""
+    """The images of a decoded shard as ``prepare`` left them (read-only views), and their indices int32."""
     data = np.frombuffer(batch["pixels"][0].as_buffer(), np.uint8)
-    heights, widths = batch["height"][0].as_py(), batch["width"][0].as_py()
-    ends = np.cumsum([h * w * 3 for h, w in zip(heights, widths, strict=True)], dtype=np.int64)
-    images = [
-        data[end - h * w * 3 : end].reshape(h, w, 3)
-        for end, h, w in zip(ends.tolist(), heights, widths, strict=True)
-    ]
+    images, start = [], 0
+    for height, width, kind in zip(
+        *(batch[name][0].as_py() for name in ("height", "width", "type")), strict=True
+    ):
+        stop = start + height * width * 3 * np.dtype(kind).itemsize
+        images.append(data[start:stop].view(kind).reshape(height, width, 3))
+        start = stop
     return images, np.asarray(batch["index"][0].as_py(), np.int32)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,15 @@ def discover_taps(model: nn.Module, image_size: int) -> tuple[Tap, ...]:
 
     They are the output of every normalization layer, or of the activation function that reads it directly
     where one does; of every other activation function; the input of the classifier, `pre_logits`; and
-    `logits`. Left out are activations of one position (the gates of squeeze-and-excitation, what follows the
-    global pooling), and those not laid out over the image: attention heads, windows moved to the batch axis,
-    mixed tokens.
+    `logits`. Of several classifiers the widest counts, of equal ones the first; the inputs of the others are
+    taps as well. Left out are activations of one position (the gates of squeeze-and-excitation, what follows
+    the global pooling), and those not laid out over the image: attention heads, windows moved to the batch
+    axis, mixed tokens.
     """
-    watcher = _Watcher(_classifier_name(model))
+    watcher = _Watcher(_classifier_names(model))
     with _watched(model, watcher), torch.inference_mode():
         logits = model(torch.zeros(PROBE_BATCH, 3, image_size, image_size))
-    taps = [*watcher.taps, *watcher.embedding]
+    taps = [*watcher.taps, *watcher.embeddings()]
     if model.num_classes and isinstance(logits, Tensor) and logits.ndim == 2:
         taps.append(LOGITS)
     return tuple(taps)
@@ -45,9 +46,9 @@ def fused_modules(model: nn.Module) -> frozenset[str]:
 class _Watcher:
     """The record of a forward pass so far: its taps, and what tells the layout of the next activation."""
 
-    classifier: str
+    classifiers: frozenset[str]
     taps: list[Tap] = field(default_factory=list)
-    embedding: list[Tap] = field(default_factory=list)
+    classified: dict[str, tuple[Form, int]] = field(default_factory=dict)  # form and width of what each reads
     calls: dict[str, int] = field(default_factory=dict)
     channels_last: bool = False
     n_tokens: int = 0
@@ -55,8 +56,8 @@ class _Watcher:
 
     def see(self, name: str, module: nn.Module, given: Tensor, returned: Tensor) -> None:
         call = self.calls[name] = self.calls.get(name, -1) + 1
-        if name == self.classifier:
-            self.see_classifier(module, given)
+        if name in self.classifiers:
+            self.see_classifier(name, module, given)
         elif isinstance(module, nn.Linear | nn.Conv2d):
             self.channels_last = isinstance(module, nn.Linear)
         elif _is_norm(module):
@@ -64,13 +65,17 @@ class _Watcher:
         elif self.form_of_activation(returned):
             self.see_activation(name, call, given, returned)
 
-    def see_classifier(self, module: nn.Module, given: Tensor) -> None:
-        if self.embedding:
-            return
+    def see_classifier(self, name: str, module: nn.Module, given: Tensor) -> None:
         form: Form = "tokens" if given.ndim == 3 else "map" if given.shape[2:].numel() > 1 else "vector"
         if form == "map" and (self.channels_last or isinstance(module, nn.Linear)):
             form = "map_channels_last"
-        self.embedding.append(Tap("pre_logits", self.classifier, form, "input"))
+        self.classified.setdefault(name, (form, given[0].numel()))
+
+    def embeddings(self) -> list[Tap]:
+        """The inputs of the classifiers, `pre_logits` last."""
+        by_width = sorted(reversed(self.classified.items()), key=lambda item: item[1][1])
+        taps = [Tap(name.replace(".", "_"), name, form, "input") for name, (form, _) in by_width]
+        return [*taps[:-1], *(replace(tap, name="pre_logits") for tap in taps[-1:])]
 
     def see_norm(self, name: str, call: int, module: nn.Module, returned: Tensor) -> None:
         self.channels_last = _normalizes_last_axis(module)
@@ -110,7 +115,7 @@ def _watched(model: nn.Module, watcher: _Watcher) -> Iterator[None]:
         )
         for name, module in model.named_modules()
         if module not in inside_norms
-        and (name == watcher.classifier or _is_norm(module) or _is_activation(module) or _sets_axes(module))
+        and (name in watcher.classifiers or _is_norm(module) or _is_activation(module) or _sets_axes(module))
     ]
     try:
         yield
@@ -139,10 +144,13 @@ def _form(activation: Tensor, channels_last: bool) -> Form | None:
     return "map_channels_last" if channels_last else "map"
 
 
-def _classifier_name(model: nn.Module) -> str:
+def _classifier_names(model: nn.Module) -> frozenset[str]:
     classifier = model.get_classifier()  # type: ignore[operator]  # every timm model has it
-    first = classifier[0] if isinstance(classifier, tuple | list) else classifier
-    return next((name for name, module in model.named_modules() if module is first), "")
+    several = isinstance(classifier, tuple | list | nn.ModuleList)
+    classifiers = list(classifier) if several else [classifier]
+    return frozenset(
+        name for name, module in model.named_modules() if any(module is each for each in classifiers)
+    )
 
 
 def _is_norm(module: nn.Module) -> bool:

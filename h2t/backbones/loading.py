@@ -21,7 +21,7 @@ from h2t.backbones.pretrained import (
 )
 from h2t.backbones.tap import Tap
 from h2t.errors import UserError, unknown
-from h2t.features import default_embedding
+from h2t.features import EMBEDDING, default_embedding
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,11 +43,6 @@ class Backbone:
     std: tuple[float, float, float]
     embedding: str
     weights: str
-
-
-def default_device() -> str:
-    """The GPU where there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def input_config(name: str, image_size: int | None = None) -> tuple[int, Any]:
@@ -100,6 +95,11 @@ def load_backbone(
     taps_read = _taps(model, name, taps, size if config.fixed_input_size else timm_size)
     model.to(device, PRECISIONS[precision]).to(memory_format=torch.channels_last)
     embedding = default_embedding([tap.name for tap in taps_read])
+    if embedding != EMBEDDING:
+        raise UserError(
+            f"{name}: its classifier reads nothing that can be tapped, so it has no embedding for a head; "
+            "choose another backbone"
+        )
     return Backbone(name, model, taps_read, size, config.mean, config.std, embedding, provenance)
 
 

@@ -37,16 +37,23 @@ class Preprocessing:
 
 
 def prepare(image: Image, preprocessing: Preprocessing) -> np.ndarray:
-    """The CPU worker's part: uint8 [S, S, 3] for bicubic, uint8 [height, width, 3] as stored for bilinear.
+    """The CPU worker's part, never more than 12 S^2 bytes however large the image is.
+
+    For bicubic uint8 [S, S, 3]. For bilinear uint8 [height, width, 3] as stored, to be resized where the
+    backbone runs, or, of an image that would take more memory than that, float32 [S, S, 3], resized already.
 
     Raises:
         BadImage: see :func:`h2t.images.decode`.
     """
     pixels = decode(image)
-    size = (preprocessing.image_size, preprocessing.image_size)
-    if preprocessing.resize == "bilinear" or pixels.shape[:2] == size:
+    size = preprocessing.image_size
+    if pixels.shape[:2] == (size, size):
         return pixels
-    return np.asarray(PillowImage.fromarray(pixels).resize(size, PillowImage.Resampling.BICUBIC))
+    if preprocessing.resize == "bicubic":
+        return np.asarray(PillowImage.fromarray(pixels).resize((size, size), PillowImage.Resampling.BICUBIC))
+    if pixels.nbytes <= 3 * 4 * size * size:
+        return pixels
+    return _resize(_as_batch(pixels[None], "cpu"), size)[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def to_batch(
@@ -55,7 +62,7 @@ def to_batch(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The backbone worker's part: prepared images, uint8 [height, width, 3] each, as one batch.
+    """The backbone worker's part: images as :func:`prepare` leaves them, as one batch.
 
     Returns:
         ``dtype`` [b, 3, S, S] in channels-last memory, (pixel / 255 - mean) / std; computed in float32.
@@ -69,22 +76,26 @@ def to_batch(
     )
     at_once = _PIXELS_AT_ONCE_CPU if batch.device.type == "cpu" else _PIXELS_AT_ONCE_GPU
     for rows in _rows_of_equal_size(images, size, at_once):
-        pixels = torch.from_numpy(np.stack([images[row] for row in rows])).to(device)
-        resized = _resize(pixels.permute(0, 3, 1, 2).float(), size)
+        resized = _resize(_as_batch(np.stack([images[row] for row in rows]), device), size)
         batch[rows] = resized.div_(255).sub_(mean).div_(std).to(dtype)
     return batch
 
 
 def _rows_of_equal_size(images: Sequence[np.ndarray], size: int, pixels_at_once: int) -> list[list[int]]:
     """Rows of images that can be stacked, in chunks of so many pixels before or after resizing."""
-    groups: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    groups: defaultdict[tuple[int, int, np.dtype], list[int]] = defaultdict(list)
     for row, pixels in enumerate(images):
-        groups[pixels.shape].append(row)
+        groups[(*pixels.shape[:2], pixels.dtype)].append(row)
     chunks = []
     for (height, width, _), rows in groups.items():
         at_once = max(1, pixels_at_once // max(height * width, size * size))
         chunks += [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
     return chunks
+
+
+def _as_batch(pixels: np.ndarray, device: str | torch.device) -> torch.Tensor:
+    """Pixels [b, height, width, 3] of either type -> float32 [b, 3, height, width], channels last."""
+    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float()
 
 
 def _resize(pixels: torch.Tensor, size: int) -> torch.Tensor:

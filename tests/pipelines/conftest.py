@@ -3,7 +3,7 @@
 import io
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,15 @@ def frame(run: RunDirectory, kind: str) -> pd.DataFrame:
     return pd.read_parquet(f"{run.uri}/{kind}")
 
 
+MEASURED = ["train_seconds", "peak_memory_bytes"]
+
+
+def result_rows(run: RunDirectory) -> pd.DataFrame:
+    """The result rows without what is measured, in a fixed order."""
+    rows = frame(run, "results").drop(columns=MEASURED)
+    return rows.sort_values(["task", "method", "seed"]).reset_index(drop=True)
+
+
 def output(console: Console) -> str:
     """What a console that writes to memory has shown."""
     assert isinstance(console.file, io.StringIO)
@@ -76,10 +85,12 @@ def write_task(root: Path, name: str, n_train: int = 20, n_test: int = 12, seed:
         pq.write_table(pa.table({"image_bytes": images, "label": labels}), folder / f"{split}.parquet")
 
 
-def small_config(root: Path, tasks: tuple[str, ...] = ("first", "second"), **settings: Any) -> Config:
-    """A recipe on tasks written by :func:`write_task`, with a tiny backbone with random weights."""
+def small_config(root: Path, tasks: Sequence[Any] = ("first", "second"), **settings: Any) -> Config:
+    """A recipe on tasks of :func:`write_task`, or others, with a tiny backbone with random weights."""
     listed = [
-        {
+        task
+        if isinstance(task, dict)
+        else {
             "name": task,
             "n_classes": 2,
             "group": group,

@@ -78,6 +78,11 @@ def test_another_cut_of_the_work_recomputes_nothing(
     assert not Path(run.uri, "superseded").exists()
 
 
+def test_strict_results_are_others(images: Path) -> None:
+    strict, usual = keys(small_config(images, deterministic="strict")), keys(small_config(images))
+    assert not any(strict[kind] == usual[kind] for kind in strict)
+
+
 def test_moved_images_and_weights_keep_every_key(images: Path, tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     model = load_backbone("test_efficientnet", weights="random", image_size=32, seed=3).model

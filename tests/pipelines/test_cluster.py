@@ -86,3 +86,22 @@ def test_a_temporary_folder_that_cannot_do(monkeypatch: pytest.MonkeyPatch) -> N
         _temporary_folder()
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/short")
     assert _temporary_folder() is None
+
+
+@pytest.mark.slow
+def test_workers_of_a_strict_run_compute_with_fixed_instructions() -> None:
+    code = """
+import ray
+from h2t.device import STRICT
+from pipelines.cluster import connect
+connect(environment=STRICT)
+@ray.remote
+def capability():
+    import torch
+    return torch.backends.cpu.get_cpu_capability()
+print(ray.get(capability.remote()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.split()[-1] == "AVX2"

@@ -23,15 +23,9 @@ from pipelines.run_directory import RunDirectory
 from pipelines.session import Session
 from pipelines.shard_stream import process_shards
 from pipelines.task_data import open_task
-from tests.pipelines.conftest import frame, output, run_all, small_config
+from tests.pipelines.conftest import MEASURED, frame, output, result_rows, run_all, small_config
 
 pytestmark = pytest.mark.usefixtures("cluster")
-MEASURED = ["train_seconds", "peak_memory_bytes"]
-
-
-def result_rows(run: RunDirectory) -> pd.DataFrame:
-    rows = frame(run, "results").drop(columns=MEASURED)
-    return rows.sort_values(["task", "method", "seed"]).reset_index(drop=True)
 
 
 def digests(run: RunDirectory) -> dict[str, str]:

@@ -2,11 +2,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from h2t.backbones import auto_taps
 from h2t.backbones.auto_taps import discover_taps
 from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.pooling import window
 from h2t.backbones.tap import Tap
 from h2t.backbones.tap_reader import TapReader, tap_shapes
+from h2t.errors import UserError
 from tests.h2t.backbones.conftest import FAMILIES, some_images
 
 
@@ -108,3 +110,25 @@ def test_a_classifier_of_every_position_reads_channels_last(head: nn.Module) -> 
         norm, embedding, _ = reader(images)[5]
     torch.testing.assert_close(embedding, norm)
     assert embedding.shape == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "embedding", "others"),
+    [
+        ("crossvit_tiny_240", "head.1", ["head_0"]),  # 192 wide, the other branch 96
+        ("deit_tiny_distilled_patch16_224", "head", ["head_dist"]),
+    ],
+)
+def test_of_several_classifiers_the_widest_reads_the_embedding(
+    name: str, embedding: str, others: list[str]
+) -> None:
+    backbone = load_backbone(name, weights="random")
+    assert [tap.name for tap in backbone.taps[-len(others) - 2 :]] == [*others, "pre_logits", "logits"]
+    assert backbone.taps[-2].module == embedding
+    assert backbone.embedding == "pre_logits"
+
+
+def test_a_backbone_without_an_embedding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_taps, "_classifier_names", lambda model: frozenset())
+    with pytest.raises(UserError, match="test_resnet: its classifier reads nothing that can be tapped"):
+        load_backbone("test_resnet", weights="random", image_size=32)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from h2t.backbones.loading import Backbone, default_device, load_backbone
+from h2t.backbones.loading import Backbone, load_backbone
+from h2t.device import default_device
 from h2t.errors import UserError
 
 TINY = "test_efficientnet"

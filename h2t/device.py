@@ -1,0 +1,42 @@
+"""What computes here: the device, what it is called, and what makes its results those of others."""
+
+from functools import cache
+
+import torch
+
+STRICT = {"MKL_CBWR": "AVX2,STRICT", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+"""Environment in which all processors with AVX2 sum in the same order, with any number of threads.
+
+To be set before torch is imported. It has no say over GPUs.
+"""
+
+
+def default_device() -> str:
+    """The GPU where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def slow_in_bfloat16() -> bool:
+    """Whether this machine computes in bfloat16 by way of float32, at a tenth of its speed.
+
+    That is so without a GPU on processors without AVX-512.
+    """
+    by_onednn = default_device() == "cpu" and torch.backends.mkldnn.is_available()
+    return by_onednn and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def processor() -> str:
+    """The name of the GPU, or of the processor with the instructions that torch uses there."""
+    if default_device() == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{_model_name()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _model_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else "CPU"
