@@ -114,6 +114,23 @@ def test_empty_batch() -> None:
     assert to_batch([], Preprocessing(4)).shape == (0, 3, 4, 4)
 
 
+@pytest.mark.parametrize(("height", "width"), [(90, 70), (33, 400), (17, 300)])
+def test_a_large_image_is_resized_by_the_worker_to_the_same_bits(
+    height: int, width: int, random_pixels
+) -> None:
+    pixels, preprocessing = random_pixels(0, height, width), Preprocessing(16)
+    ready = prepare(pixels, preprocessing)
+    assert (ready.dtype, ready.shape) == (np.float32, (16, 16, 3))
+    together = to_batch([random_pixels(1, 20, 20), ready, random_pixels(2, 16, 16)], preprocessing)
+    torch.testing.assert_close(together[1], to_batch([pixels], preprocessing)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("resize", ["bilinear", "bicubic"])
+def test_what_a_worker_hands_on_is_bounded(resize, random_pixels) -> None:
+    for height, width in ((5, 5), (31, 33), (64, 64), (300, 200)):
+        assert prepare(random_pixels(0, height, width), Preprocessing(32, resize)).nbytes <= 12 * 32 * 32
+
+
 def test_bilinear_workers_hand_on_the_stored_size(random_pixels, encode) -> None:
     pixels = random_pixels(0, 9, 4)
     np.testing.assert_array_equal(prepare(EncodedImage(encode(pixels), "a"), Preprocessing(32)), pixels)
