@@ -19,6 +19,7 @@ from tabulate import tabulate
 
 from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap_reader import TapReader, feature_layout
+from h2t.device import slow_in_bfloat16
 from pipelines.feature_files import FeatureTable, write_features
 from pipelines.run_directory import RunDirectory
 
@@ -100,8 +101,9 @@ def measure(
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--bfloat16", action="store_true", help="measure it too; slow where the CPU lacks it")
+    parser.add_argument("--bfloat16", action="store_true", help="measure it too, where the processor has it")
     given = parser.parse_args()
+    given.bfloat16 = given.bfloat16 and not slow_in_bfloat16()
     torch.set_num_threads(1)
     for case in CASES:
         measure(*case, given.rounds, given.bfloat16)

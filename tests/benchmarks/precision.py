@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from h2t.backbones.loading import load_backbone
 from h2t.backbones.tap_reader import feature_layout
+from h2t.device import slow_in_bfloat16
 from h2t.extraction import extract_features
 from h2t.features import FeatureLayout
 from h2t.head2toe import Head, fit, logits
@@ -68,6 +69,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["mnist", "dsprites_loc"])
     parser.add_argument("--images", type=int, default=1000)
     given = parser.parse_args()
+    if slow_in_bfloat16():
+        parser.exit(message="skipped: this processor has no products in bfloat16\n")
     for task in given.tasks:
         full, half = (Extracted(task, given.images, precision) for precision in ("float32", "bfloat16"))
         changes = relative_change(full.features["test"], half.features["test"], full.layout)
