@@ -12,10 +12,12 @@ from torch import Tensor
 from h2t.errors import UserError, unknown
 from h2t.features import FeatureLayout, keep_features, unit_norm
 from h2t.heads.blocks import HeadStack
+from h2t.heads.solvers import SOLVERS
 from h2t.heads.spec import HeadSpec, Precision
 from h2t.heads.training import train_groups, train_stacks
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS, find_method
+from h2t.metrics import cross_entropy
 from h2t.selection import RULES
 
 Phase = Literal["first", "final"]
@@ -128,9 +130,14 @@ def fit(
     data = _Data(features, labels, rows, layout, memory_budget, shuffle, options)
     on_embedding = [point for point in hyperparameters if METHODS[point.method].features == "embedding"]
     on_all = [point for point in hyperparameters if METHODS[point.method].features != "embedding"]
-    return chain(
-        _fit_columns(data, on_embedding, seeds, layout.slices[layout.taps.index(embedding)]),
-        _fit_columns(data, on_all, seeds, slice(0, layout.n_features)),
+    of_embedding, everything = layout.slices[layout.taps.index(embedding)], slice(0, layout.n_features)
+    return chain.from_iterable(
+        fit_some(data, some, seeds, columns)
+        for points, columns in ((on_embedding, of_embedding), (on_all, everything))
+        for fit_some, some in (
+            (_solve_columns, [point for point in points if METHODS[point.method].solver]),
+            (_fit_columns, [point for point in points if not METHODS[point.method].solver]),
+        )
     )
 
 
@@ -148,6 +155,25 @@ def check_hyperparameters(hyperparameters: Sequence[Hyperparameters], layout: Fe
                 f"keep_fraction {point.keep_fraction} keeps none of {layout.n_features} features; "
                 f"expected {1 / layout.n_features:.2g} to 1"
             )
+
+
+def _solve_columns(
+    data: _Data, points: Sequence[Hyperparameters], seeds: Sequence[int], columns: slice
+) -> Iterator[Head]:
+    """Solve for heads on a range of the features; they are the same for every seed."""
+    if not points:
+        return
+    kept = np.arange(columns.start, columns.stop, dtype=np.int64)
+    inputs, labels = data.inputs(kept, data.rows), data.labels[data.rows]
+    for method, group in groupby(sorted(points), lambda point: point.method):
+        members = list(group)
+        solver = SOLVERS[str(METHODS[method].solver)]
+        coefficients = [point.coefficient for point in members]
+        solutions = solver(inputs, labels, data.options["n_classes"], coefficients)
+        for point, (weight, bias) in zip(members, solutions, strict=True):
+            loss = cross_entropy(inputs @ weight + bias, labels)
+            for seed in seeds:
+                yield Head(point, seed, kept, data.layout, weight, bias, loss)
 
 
 def _fit_columns(
@@ -275,18 +301,18 @@ class HeadBank:
         for position, head in enumerate(heads):
             key = head.hyperparameters.target_size, head.kept.tobytes()
             by_kept.setdefault(key, []).append(position)
-        self.n_heads = len(heads)
+        self.n_heads, self.n_classes = len(heads), len(heads[0].bias)
         self.target_sizes = sorted({head.hyperparameters.target_size for head in heads})
         self.groups = [_side_by_side(heads, positions, device) for positions in by_kept.values()]
 
-    def predict(self, features: Mapping[int, Tensor]) -> np.ndarray:
-        """Predicted classes int32 [b, n_heads] of raw features: float32 [b, n_features] per target size."""
+    def logits(self, features: Mapping[int, Tensor]) -> np.ndarray:
+        """Logits float32 [n_heads, b, n_classes] of raw features: float32 [b, n_features] per target size."""
         n_images = next(iter(features.values())).shape[0]
-        predictions = np.empty((n_images, self.n_heads), np.int32)
+        logits = np.empty((self.n_heads, n_images, self.n_classes), np.float32)
         for group in self.groups:
-            classes = group.logits(features[group.target_size]).argmax(2)
-            predictions[:, group.positions] = classes.cpu().numpy()
-        return predictions
+            of_group = group.logits(features[group.target_size])
+            logits[group.positions] = of_group.transpose(0, 1).cpu().numpy()
+        return logits
 
 
 def _side_by_side(heads: Sequence[Head], positions: list[int], device: str) -> _SharedKept:

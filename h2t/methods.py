@@ -23,6 +23,9 @@ class Method:
     ``h2t.selection.RULES`` keeps; if ``scored``, by the weights of a first training on all features with
     ``regularizer``. ``coefficients`` names the list of the recipe's grid for the regularizer.
 
+    ``solver``: of ``h2t.heads.solvers.SOLVERS``, for a head that is solved for and not trained; it is tried
+    with each of ``solver_coefficients``.
+
     ``trains_backbone``: from random weights unless ``pretrained``, and on what the method ``builds_on``
     keeps, if given. ``best_of``: cross-validation takes the best of these methods; nothing else is trained.
     """
@@ -34,11 +37,16 @@ class Method:
     selection: str | None = None
     scored: bool = True
     coefficients: Literal["coefficient", "head2toe_coefficient"] = "coefficient"
+    solver: str | None = None
+    solver_coefficients: tuple[float, ...] = (0.0,)
     trains_backbone: bool = False
     pretrained: bool = True
     builds_on: str | None = None
     best_of: tuple[str, ...] = ()
 
+
+LOGISTIC = tuple(10.0**power for power in range(-5, 7))
+"""Penalties of logistic regression: the inverses of 1e-6 to 1e5, which protocols of CLIP and DINO sweep."""
 
 _kept = partial(Method, features="kept", regularizer="l21", coefficients="head2toe_coefficient")
 _finetuned = partial(Method, features="embedding", trains_backbone=True)
@@ -47,6 +55,12 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("linear", "Linear", "embedding"),
+        Method("prototype", "Prototype", "embedding", solver="prototype"),
+        Method("ridge", "Ridge", "embedding", solver="ridge"),
+        Method("logistic", "Logistic", "embedding", solver="logistic", solver_coefficients=LOGISTIC),
+        Method("all_prototype", "+All-Prototype", "all", solver="prototype"),
+        Method("all_ridge", "+All-Ridge", "all", solver="ridge"),
+        Method("all_logistic", "+All-Logistic", "all", solver="logistic", solver_coefficients=LOGISTIC),
         Method("all_l2", "+All-l2", "all", "l2"),
         Method("all_l1", "+All-l1", "all", "l1"),
         Method("all_l21", "+All-l2,1", "all", "l21"),
@@ -99,9 +113,11 @@ def search_space(method: str, grid: Grid) -> list[Hyperparameters]:
         Hyperparameters(method, *point)
         for point in product(
             grid.target_size[:1] if definition.features == "embedding" else grid.target_size,
-            grid.learning_rate,
-            grid.steps,
-            getattr(grid, definition.coefficients) if definition.regularizer else [0.0],
+            grid.learning_rate if definition.solver is None else [0.0],
+            grid.steps if definition.solver is None else [0],
+            getattr(grid, definition.coefficients)
+            if definition.regularizer
+            else definition.solver_coefficients,
             grid.keep_fraction if definition.features == "kept" else [1.0],
         )
     ]

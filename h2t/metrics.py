@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
 from h2t.errors import UserError
 
 OFFICIAL_BATCH = 50
+CALIBRATION_BINS = 15
 
 
 class Summary(NamedTuple):
@@ -38,6 +39,58 @@ def correct(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> int:
 def accuracy(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> float:
     """Share of rows whose prediction is the label: correct / n. Arguments and errors as for ``correct``."""
     return correct(labels, predictions) / len(np.asarray(labels))
+
+
+class Scores(NamedTuple):
+    """What is known of each prediction: the class int32 [n], and probabilities float32 [n].
+
+    ``probability`` is that of the predicted class, ``label_probability`` that of the label, and
+    ``squared_probabilities`` the sum over all classes of their squares, which the Brier score needs.
+    """
+
+    prediction: np.ndarray
+    probability: np.ndarray
+    label_probability: np.ndarray
+    squared_probabilities: np.ndarray
+
+
+def scores(logits: np.ndarray, labels: np.ndarray) -> Scores:
+    """Scores of logits float [n, n_classes] for labels integer [n]."""
+    probabilities = softmax(np.asarray(logits, np.float64), axis=1)
+    prediction, rows = logits.argmax(1).astype(np.int32), np.arange(len(labels))
+    parts = (
+        probabilities[rows, prediction], probabilities[rows, labels], np.square(probabilities).sum(1),
+    )  # fmt: skip
+    return Scores(prediction, *(part.astype(np.float32) for part in parts))
+
+
+def quality(labels: np.ndarray, found: Scores) -> dict[str, float]:
+    """Measures of predictions beside their accuracy, by name.
+
+    ``balanced_accuracy``: mean over classes of the share of their rows that are right; ``macro_f1``: mean
+    over classes of the harmonic mean of precision and recall (both over the classes that occur);
+    ``log_loss``: mean of minus the natural logarithm of the label's probability, of which float32 holds no
+    smaller than 1e-38; ``brier``: mean squared distance of the probabilities from the truth, in [0, 2];
+    ``calibration_error``: expected calibration error with 15 bins of equal width, the mean distance of
+    confidence and accuracy weighed by the bins' rows.
+    """
+    from sklearn.metrics import f1_score, recall_score  # takes a second, and every worker imports this file
+
+    options = {"labels": np.unique(labels), "average": "macro", "zero_division": 0}
+    of_label = found.label_probability.astype(np.float64)
+    return {
+        "balanced_accuracy": float(recall_score(labels, found.prediction, **options)),
+        "macro_f1": float(f1_score(labels, found.prediction, **options)),
+        "log_loss": float(-np.log(np.maximum(of_label, np.finfo(np.float32).tiny)).mean()),
+        "brier": float((1 - 2 * of_label + found.squared_probabilities).mean()),
+        "calibration_error": _calibration_error(found.probability, found.prediction == labels),
+    }
+
+
+def _calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, weights=confidence - right, minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(right))
 
 
 def cross_entropy(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:

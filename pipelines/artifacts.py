@@ -26,6 +26,8 @@ FEATURES_VERSION = 1  # raise it when a change of the code changes the features
 HEADS_VERSION = 2  # likewise for heads on frozen features: the trainer, the rules that keep features
 FINETUNING_VERSION = 2  # likewise for trained backbones
 
+PREDICTIONS_VERSION = 2  # likewise for what is kept of predictions
+
 Kind = Literal["frozen", "finetuned"]
 """Whether the backbone stays as it is or is trained."""
 
@@ -264,7 +266,8 @@ def checkpoint_file(task: TaskData, member: Finetuning) -> str:
 
 def predictions(task: TaskData, kind: Kind, models: Iterable[str]) -> RowFiles:
     """What heads or adapted models, given by their files, predict for the test images."""
-    key, n_rows = fingerprint(list(models), features_key(task, "test")), len(task.labels["test"])
+    key = fingerprint(PREDICTIONS_VERSION, list(models), features_key(task, "test"))
+    n_rows = len(task.labels["test"])
     stage = "evaluate" if kind == "frozen" else "finetune"
     folder = _folder(task, "predictions", task.name, kind)
     return RowFiles(folder, key, task.name, "test", n_rows, kind, stage)

@@ -140,13 +140,13 @@ class Predictor:
             self.bank = HeadBank(self.heads, self.reader.device)
             self.task = task.name
         parts = [
-            self.bank.predict({size: torch.cat(taps[size], 1) for size in self.bank.target_sizes})
+            self.bank.logits({size: torch.cat(taps[size], 1) for size in self.bank.target_sizes})
             for taps in self.reader.read(images)
         ]
-        classes = np.concatenate([np.empty((0, len(self.heads)), np.int32), *parts])
+        logits = np.concatenate([np.empty((len(self.heads), 0, task.n_classes), np.float32), *parts], 1)
         columns = [(head.hyperparameters.method, head.seed) for head in self.heads]
         ((_, name),) = shard.files
-        self.run.write_table(name, prediction_table(task, columns, index, classes), compression="zstd")
+        self.run.write_table(name, prediction_table(task, columns, index, [*logits]), compression="zstd")
 
 
 def result_product(task: TaskData, files: Sequence[str]) -> Files:

@@ -25,14 +25,14 @@ class FinetunedPredictor:
         self.models: list[TrainableModel | None] = []
 
     def __call__(self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
-        """Write the shard's predictions; -1 where the training of a model diverged."""
+        """Write the shard's predictions."""
         if self.task != task.name:
             self._load_models(task)
         members = self.members[task.name]
-        classes = np.stack([self._predict(model, images, task) for model in self.models], axis=1)
+        logits = [self._logits(model, images, task) for model in self.models]
         columns = [(member.point.method, member.seed) for member in members]
         ((_, name),) = shard.files
-        self.run.write_table(name, prediction_table(task, columns, index, classes), compression="zstd")
+        self.run.write_table(name, prediction_table(task, columns, index, logits), compression="zstd")
 
     def _load_models(self, task: TaskData) -> None:
         config = task.config
@@ -48,11 +48,11 @@ class FinetunedPredictor:
             self.models.append(model if content["status"] == "done" else None)
         self.task = task.name
 
-    def _predict(
+    def _logits(
         self, model: TrainableModel | None, images: Sequence[np.ndarray], task: TaskData
-    ) -> np.ndarray:
+    ) -> np.ndarray | None:
         if model is None:
-            return np.full(len(images), -1)
+            return None
         size = task.config.resources.images_per_forward
         with with_advice(OutOfMemory, "lower resources.images_per_forward"):
-            return predict_logits(model, images, self.preprocessing, size).argmax(1)
+            return predict_logits(model, images, self.preprocessing, size)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from h2t.costs import BackboneCost, HeadSize, storage_bytes, training_flops
 from h2t.head2toe import Head
 from h2t.hyperparameters import Hyperparameters
-from h2t.metrics import correct
+from h2t.metrics import Scores, correct, quality, scores
 from pipelines.artifacts import backbone_folder, features_key, task_columns
 from pipelines.schemas import PREDICTIONS
 from pipelines.task_data import TaskData
@@ -48,11 +48,13 @@ def result_row(
     validation_accuracy: float,
     cost: BackboneCost,
 ) -> dict[str, Any]:
-    """A row of ``schemas.RESULTS``; ``predictions``: columns label and prediction of the test images."""
+    """A row of ``schemas.RESULTS``; ``predictions``: rows of ``schemas.PREDICTIONS`` of the training."""
     point, config = outcome.hyperparameters, task.config
     done = outcome.status == "done"
     n_test = len(predictions)
-    n_correct = correct(predictions["label"].to_numpy(), predictions["prediction"].to_numpy()) if done else 0
+    labels = predictions["label"].to_numpy()
+    found = Scores(*(predictions[name].to_numpy() for name in Scores._fields))
+    n_correct = correct(labels, found.prediction) if done else 0
     head = HeadSize(outcome.n_features, outcome.n_kept, task.n_classes)
     flops = training_flops(
         point.method,
@@ -69,6 +71,7 @@ def result_row(
         "seed": outcome.seed,
         "status": outcome.status,
         "test_accuracy": n_correct / n_test if done else math.nan,
+        **(quality(labels, found) if done else {}),
         "n_test": n_test,
         "n_correct": n_correct,
         "n_train": len(task.labels["train"]),
@@ -138,14 +141,21 @@ def kept_rows(task: TaskData, head: Head) -> list[dict[str, Any]]:
     ]
 
 
-def prediction_table(
-    task: TaskData, heads: Sequence[tuple[str, int]], index: np.ndarray, predictions: np.ndarray
-) -> pa.Table:
-    """Rows of ``schemas.PREDICTIONS`` from classes integer [n, n_heads] of images ``index`` int32 [n].
+def _diverged(n_rows: int) -> Scores:
+    unknown = np.full(n_rows, np.nan, np.float32)
+    return Scores(np.full(n_rows, -1, np.int32), unknown, unknown, unknown)
 
-    ``heads``: method and seed of each column.
+
+def prediction_table(
+    task: TaskData, heads: Sequence[tuple[str, int]], index: np.ndarray, logits: Sequence[np.ndarray | None]
+) -> pa.Table:
+    """Rows of ``schemas.PREDICTIONS`` of images ``index`` int32 [n].
+
+    ``heads``: method and seed of each; ``logits``: float [n, n_classes] of each, None where it diverged.
     """
     n, labels = len(index), task.labels["test"][index]
+    of_heads = [_diverged(n) if values is None else scores(values, labels) for values in logits]
+    scored = {name: np.concatenate([getattr(part, name) for part in of_heads]) for name in Scores._fields}
     columns = {
         "backbone": pa.repeat(pa.scalar(backbone_folder(task.config)), n * len(heads)),
         "task": pa.repeat(pa.scalar(task.name), n * len(heads)),
@@ -153,6 +163,6 @@ def prediction_table(
         "seed": np.repeat(np.array([seed for _, seed in heads], np.int32), n),
         "index": np.tile(np.asarray(index, np.int32), len(heads)),
         "label": np.tile(labels, len(heads)),
-        "prediction": np.asarray(predictions, np.int32).T.reshape(-1),
+        **scored,
     }
     return pa.table(columns, schema=PREDICTIONS)

@@ -27,7 +27,9 @@ CHOSEN = pa.schema([
 
 RESULTS = pa.schema([
     *_TASK, ("method", TEXT), ("seed", INTEGER), ("status", TEXT), ("test_accuracy", NUMBER),
-    ("n_test", INTEGER), ("n_correct", INTEGER), ("n_train", INTEGER), ("n_classes", INTEGER),
+    ("balanced_accuracy", NUMBER), ("macro_f1", NUMBER), ("log_loss", NUMBER), ("brier", NUMBER),
+    ("calibration_error", NUMBER), ("n_test", INTEGER), ("n_correct", INTEGER),
+    ("n_train", INTEGER), ("n_classes", INTEGER),
     ("n_features", INTEGER), ("n_kept", INTEGER), *_POINT[1:], ("validation_accuracy", NUMBER),
     ("train_loss", NUMBER), ("diverged_at", INTEGER), ("train_seconds", NUMBER),
     ("peak_memory_bytes", INTEGER), ("processor", TEXT), ("threads", INTEGER),
@@ -45,9 +47,13 @@ KEPT = pa.schema([
 
 PREDICTIONS = pa.schema([
     ("backbone", TEXT), ("task", TEXT), ("method", TEXT), ("seed", pa.int32()), ("index", pa.int32()),
-    ("label", pa.int32()), ("prediction", pa.int32()),
+    ("label", pa.int32()), ("prediction", pa.int32()), ("probability", pa.float32()),
+    ("label_probability", pa.float32()), ("squared_probabilities", pa.float32()),
 ])  # fmt: skip
-"""One row per test image, method and seed; the prediction is -1 where the training diverged."""
+"""One row per test image, method and seed; ``h2t.metrics.Scores`` says what the last columns are.
+
+Where the training diverged, the prediction is -1 and the probabilities are NaN.
+"""
 
 BAD_ROWS = pa.schema([
     ("backbone", TEXT), ("task", TEXT), ("split", TEXT), ("index", pa.int32()), ("path", TEXT),

@@ -14,10 +14,13 @@ from h2t.errors import UserError
 from h2t.methods import METHODS
 from pipelines.run_directory import TEMPORARY, RunDirectory, open_filesystem
 from pipelines.run_record import read_record
-from pipelines.schemas import BAD_ROWS, CHOSEN, KEPT, RESULTS, TRIALS
+from pipelines.schemas import BAD_ROWS, CHOSEN, KEPT, PREDICTIONS, RESULTS, TRIALS
 
 DONE = "done"
-SCHEMAS = {"results": RESULTS, "trials": TRIALS, "chosen": CHOSEN, "kept": KEPT, "bad_rows": BAD_ROWS}
+SCHEMAS = {
+    "results": RESULTS, "trials": TRIALS, "chosen": CHOSEN, "kept": KEPT, "predictions": PREDICTIONS,
+    "bad_rows": BAD_ROWS,
+}  # fmt: skip
 """Folder of a run directory -> columns of its Parquet files; accuracies are fractions of 1."""
 
 
@@ -33,6 +36,7 @@ class Frames:
     trials: pd.DataFrame = field(default_factory=SCHEMAS["trials"].empty_table().to_pandas)
     chosen: pd.DataFrame = field(default_factory=SCHEMAS["chosen"].empty_table().to_pandas)
     kept: pd.DataFrame = field(default_factory=SCHEMAS["kept"].empty_table().to_pandas)
+    predictions: pd.DataFrame = field(default_factory=SCHEMAS["predictions"].empty_table().to_pandas)
     bad_rows: pd.DataFrame = field(default_factory=SCHEMAS["bad_rows"].empty_table().to_pandas)
     costs: Mapping[str, BackboneCost] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)

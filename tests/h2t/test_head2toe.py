@@ -16,6 +16,7 @@ from h2t.errors import UserError
 from h2t.features import FeatureLayout, keep_features, unit_norm
 from h2t.head2toe import Head, HeadBank, fit, logits
 from h2t.heads.blocks import HeadGroup, HeadStack
+from h2t.heads.solvers import SOLVERS
 from h2t.heads.spec import HeadSpec
 from h2t.heads.trainer import Batches, HeadTrainer
 from h2t.hyperparameters import Hyperparameters
@@ -51,7 +52,9 @@ def test_search_spaces_leave_out_what_a_method_does_not_use(method: Method) -> N
         axis: {getattr(point, axis) for point in points} for axis in vars(GRID) if axis in vars(points[0])
     }
     assert axes["target_size"] == ({512} if method.features == "embedding" else {512, 8192})
-    assert axes["coefficient"] == (set(getattr(GRID, method.coefficients)) if method.regularizer else {0.0})
+    trained = set(getattr(GRID, method.coefficients)) if method.regularizer else {0.0}
+    assert axes["coefficient"] == (set(method.solver_coefficients) if method.solver else trained)
+    assert (axes["steps"] == {0}) == (axes["learning_rate"] == {0.0}) == bool(method.solver)
     assert axes["keep_fraction"] == (set(GRID.keep_fraction) if method.features == "kept" else {1.0})
     assert len(points) == math.prod(len(values) for values in axes.values())
 
@@ -59,6 +62,7 @@ def test_search_spaces_leave_out_what_a_method_does_not_use(method: Method) -> N
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
 def test_methods_are_consistent(method: Method) -> None:
     assert (method.features == "kept") == (method.selection in RULES)
+    assert method.solver is None or (method.solver in SOLVERS and not method.trains_backbone)
     assert method.scored or method.features == "kept"
     others = {*method.best_of, *([method.builds_on] if method.builds_on else [])}
     assert others <= METHODS.keys() - {method.name}
@@ -132,7 +136,8 @@ def test_a_call_gives_every_point_and_seed_once() -> None:
     assert set(heads) == {(point, seed) for point in points for seed in (0, 5)}
     features, labels = example()
     for (point, _), head in heads.items():
-        expected = 40 if point.method == "linear" else int(200 * point.keep_fraction)
+        on_embedding = METHODS[point.method].features == "embedding"
+        expected = 40 if on_embedding else int(200 * point.keep_fraction)
         assert head.weight.shape == (expected, 4)
         assert len(head.kept) == expected
         assert head.weight.flags.c_contiguous
@@ -267,8 +272,8 @@ def test_a_bank_predicts_what_its_heads_predict_alone() -> None:
     features = {size: generator.standard_normal((6, n), np.float32) for size, n in ((8, 200), (16, 400))}
     features[8][0] = 0
     bank = HeadBank(heads)
-    predicted = bank.predict({size: torch.from_numpy(values) for size, values in features.items()})
-    expected = [logits(head, features[head.hyperparameters.target_size]).argmax(1) for head in heads]
+    predicted = bank.logits({size: torch.from_numpy(values) for size, values in features.items()})
+    expected = [logits(head, features[head.hyperparameters.target_size]) for head in heads]
     assert len(bank.groups) == 3
     assert bank.target_sizes == [8, 16]
-    np.testing.assert_array_equal(predicted, np.stack(expected, 1))
+    np.testing.assert_allclose(predicted, np.stack(expected), atol=1e-5)

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import softmax
+from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss
 
 from h2t import metrics, paper
 from h2t.errors import UserError
+from h2t.metrics import Scores, quality, scores
 
 LABELS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=120)
 
@@ -87,3 +90,30 @@ def test_spearman_where_there_is_nothing_to_rank() -> None:
     assert math.isnan(metrics.spearman([1, 1, 1], [1, 2, 3]))
     with pytest.raises(UserError, match="one length"):
         metrics.spearman([1, 2, 3], [1, 2])
+
+
+def test_measures_of_predictions_are_those_of_scikit_learn() -> None:
+    generator = np.random.default_rng(0)
+    labels, logits = generator.integers(0, 5, 400), 2 * generator.normal(size=(400, 5))
+    logits[np.arange(400), labels] += 1
+    found, probabilities = scores(logits, labels), softmax(logits, axis=1)
+    measures = quality(labels, found)
+    assert measures["log_loss"] == pytest.approx(log_loss(labels, probabilities), rel=1e-5)
+    assert measures["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)))
+    assert measures["macro_f1"] == pytest.approx(f1_score(labels, logits.argmax(1), average="macro"))
+    truth = np.eye(5)[labels]
+    assert measures["brier"] == pytest.approx(np.square(probabilities - truth).sum(1).mean(), rel=1e-5)
+    assert [getattr(found, name).dtype.name for name in found._fields] == ["int32"] + ["float32"] * 3
+
+
+@pytest.mark.parametrize(("confidence", "error"), [(0.8, 0.0), (1.0, 0.2), (0.5, 0.3)])
+def test_calibration_error_is_the_distance_of_confidence_and_accuracy(confidence, error) -> None:
+    labels, prediction = np.zeros(1000, int), (np.arange(1000) % 5 == 0).astype(np.int32)  # 80 % right
+    constant = np.full(1000, confidence, np.float32)
+    measures = quality(labels, Scores(prediction, constant, constant, constant))
+    assert measures["calibration_error"] == pytest.approx(error, abs=1e-6)
+
+
+def test_a_probability_of_zero_has_a_finite_log_loss() -> None:
+    found = scores(np.array([[1000.0, 0.0]]), np.array([1]))
+    assert quality(np.array([1]), found)["log_loss"] == pytest.approx(87.3, abs=0.1)

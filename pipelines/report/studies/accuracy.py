@@ -3,22 +3,26 @@
 import pandas as pd
 
 from pipelines.report.frames import Frames
+from pipelines.report.paired import correctness, not_worse_than_best
 from pipelines.report.studies import Section
 from pipelines.report.tables import (
     ReportTable,
     method_title,
     percent,
     statistics,
+    summaries,
     tasks_in_order,
     with_headers,
 )
+
+CLOSE = "≈"
 
 
 def section(frames: Frames) -> Section | None:
     """The table, and which method is best on average; None without results."""
     if frames.finished.empty:
         return None
-    table = accuracy_table(frames.finished)
+    table = accuracy_table(frames.finished, frames.predictions)
     means = table.data.dropna(subset="mean_all").sort_values("mean_all", kind="stable")
     best = means.groupby("backbone").tail(1).sort_values("backbone").to_dict("records")
     words = " ".join(
@@ -29,19 +33,37 @@ def section(frames: Frames) -> Section | None:
     return Section(table.name, table.title, 10, words, (table,))
 
 
-def accuracy_table(results: pd.DataFrame) -> ReportTable:
-    """Medians over seeds, the best of each column in bold."""
+def accuracy_table(results: pd.DataFrame, predictions: pd.DataFrame | None = None) -> ReportTable:
+    """Medians over seeds, the best of each column in bold and what it does not clearly beat marked."""
     data = statistics(results, "median")
     shown = data.drop(columns=["backbone", "method"]).map(percent)
+    bold = _best_as_shown(data["backbone"], shown)
+    if predictions is not None:
+        _mark_close(data, shown, predictions, results)
     return ReportTable(
         "table1",
         "Test accuracy",
         "Median over seeds, in percent; the best of each column in bold. A mean is shown where the method "
-        "has a result for every task of the backbone. The mean over all tasks weighs every task alike.",
+        "has a result for every task of the backbone. The mean over all tasks weighs every task alike."
+        + (
+            f" {CLOSE}: not beaten by the best by more than chance (95 %)." if predictions is not None else ""
+        ),
         data,
         with_headers(data, shown, tasks_in_order(results)),
-        _best_as_shown(data["backbone"], shown),
+        bold,
     )
+
+
+def _mark_close(
+    data: pd.DataFrame, shown: pd.DataFrame, predictions: pd.DataFrame, results: pd.DataFrame
+) -> None:
+    """Put a mark behind the cells that the best of their column does not beat by more than chance."""
+    medians = {key: summary.median for key, summary in summaries(results).items()}
+    close = not_worse_than_best(correctness(predictions), medians)
+    for row, (backbone, method) in enumerate(zip(data["backbone"], data["method"], strict=True)):
+        for column, task in enumerate(shown):
+            if (backbone, method, task) in close:
+                shown.iat[row, column] = f"{shown.iat[row, column]!s} {CLOSE}"
 
 
 def _best_as_shown(backbones: pd.Series, shown: pd.DataFrame) -> frozenset[tuple[int, int]]:

@@ -62,7 +62,9 @@ def _result(
     long = METHODS[method].trains_backbone
     return {
         "backbone": backbone, "task": task.name, "group": task.group, "method": method, "seed": seed,
-        "test_accuracy": correct / n, "n_test": n, "n_correct": correct, "n_train": 1000,
+        "test_accuracy": correct / n, "balanced_accuracy": correct / n, "macro_f1": correct / n,
+        "log_loss": 2 - 2 * correct / n, "brier": 1 - correct / n, "calibration_error": 0.05,
+        "n_test": n, "n_correct": correct, "n_train": 1000,
         "n_features": 28296, "n_kept": 1414, "n_classes": task.n_classes, "target_size": 512,
         "learning_rate": 0.01, "steps": 500, "coefficient": 1e-5, "keep_fraction": 0.05,
         "validation_accuracy": correct / n, "train_loss": 0.1, "diverged_at": 0,
