@@ -2,6 +2,7 @@
 
 import sys
 import time
+import webbrowser
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -75,14 +76,16 @@ def demo(
     finetune: Annotated[
         bool, typer.Option("--finetune", help="Fine-tuning and training from scratch too.")
     ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two tasks, two folds, one seed.")] = False,
     run_dir: RunDir = None,
     set_: Set = None,
     address: Address = None,
 ) -> None:
     """Run the whole pipeline on small tasks, offline, with real ImageNet weights."""
-    from pipelines.demo import available_tasks
+    from pipelines.demo import QUICK, available_tasks
 
-    config = available_tasks(read_recipe("demo-finetune" if finetune else "demo", set_), console)
+    overrides = [*(QUICK if quick else ()), *(set_ or ())]
+    config = available_tasks(read_recipe("demo-finetune" if finetune else "demo", overrides), console)
     _run(config, run_dir, STAGES, address, tables=True)
 
 
@@ -111,6 +114,7 @@ def report_command(
     destination: Annotated[
         str | None, typer.Option(help="A folder or URI for the report; default RUN_DIR/report.")
     ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
 ) -> None:
     """Make tables, figures and the page of runs, from their files alone: without recipe or cluster."""
     from pipelines.report import report
@@ -119,7 +123,45 @@ def report_command(
     runs = [RunDirectory(uri) for uri in run_dirs]
     if destination is None and len(runs) > 1:
         raise UserError("the report of several runs needs a place of its own: give --destination FOLDER")
-    report(runs, RunDirectory(destination) if destination else runs[0].subdirectory("report"), console)
+    folder = RunDirectory(destination) if destination else runs[0].subdirectory("report")
+    report(runs, folder, console)
+    if open_:
+        if "://" in folder.uri:
+            raise UserError(f"--open shows local pages alone; the report is in {folder.uri}")
+        webbrowser.open(Path(folder.uri, "index.html").as_uri())
+
+
+@app.command()
+def compare(
+    run_dirs: Annotated[
+        list[str], typer.Argument(metavar="RUN_DIR…", help="Run directories; or a folder of them.")
+    ],
+    leaderboard: Annotated[
+        bool, typer.Option("--leaderboard", help="List all runs under the folder, in files there.")
+    ] = False,
+    destination: Annotated[
+        str | None, typer.Option(help="A folder or URI for the table as Markdown, CSV, LaTeX and Parquet.")
+    ] = None,
+) -> None:
+    """Compare runs on the same test images: differences, and whether they exceed chance."""
+    from pipelines.report import compare as comparison
+    from pipelines.report.formats import table_files
+    from pipelines.run_directory import RunDirectory
+
+    if leaderboard and len(run_dirs) > 1:
+        raise UserError(f"--leaderboard expects one folder of runs, got {len(run_dirs)}")
+    if leaderboard:
+        found, destination = comparison.leaderboard(run_dirs[0]), destination or run_dirs[0]
+    else:
+        found = comparison.compare([RunDirectory(uri) for uri in run_dirs])
+    shown = _table(*map(str, found.display.columns))
+    for cells in found.display.astype(str).itertuples(index=False):
+        shown.add_row(*cells)
+    _print(shown)
+    console.print(found.note)
+    if destination:
+        for name, content in table_files(found).items():
+            RunDirectory(destination).write(name, content)
 
 
 def _table(*columns: str) -> Table:

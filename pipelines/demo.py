@@ -7,6 +7,9 @@ from h2t.images.source import SourceUnavailable
 from pipelines.config import Config
 from pipelines.task_data import open_task
 
+QUICK = ("name=demo-quick", "tasks=[mnist, dsprites_loc]", "cross_validation.n_folds=2", "seeds=[0]")
+"""What ``h2t demo --quick`` sets."""
+
 
 def available_tasks(config: Config, console: Console) -> Config:
     """The recipe without the tasks whose images are not installed; says which, and names licences."""

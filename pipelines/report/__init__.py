@@ -42,4 +42,4 @@ def _files_of_report(destination: RunDirectory) -> list[str]:
     page = destination.read("index.html").decode() if destination.exists("index.html") else ""
     if "<title>Head2Toe: results" not in page:
         return []
-    return re.findall(r'href="([\w.-]+\.(?:csv|parquet|md|tex|svg|png))"', page)
+    return re.findall(r'href="([\w.-]+\.(?:csv|json|parquet|md|tex|svg|png))"', page)

@@ -1,8 +1,10 @@
-"""The files of a report: tables (Parquet, CSV, Markdown, LaTeX), figures (SVG, PNG) and one page (HTML).
+"""The files of a report: tables, figures (SVG, PNG), one page (HTML), and ``summary.json`` for programs.
 
 Pure functions: the same frames give the same bytes.
 """
 
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -16,6 +18,7 @@ from pipelines.report.figures import inline_svg
 from pipelines.report.formats import table_files, text_columns
 from pipelines.report.frames import Frames
 from pipelines.report.studies import Section, sections
+from pipelines.report.tables import summaries
 
 STATED = {"seeds": "seed"} | {
     name: name for name in ("weights", "image_source", "preprocessing", "fold_scheme")
@@ -31,7 +34,26 @@ def build_report(frames: Frames) -> dict[str, bytes]:
             files |= table_files(table)
         for figure in section.figures:
             files |= {f"{figure.name}.svg": figure.svg.encode(), f"{figure.name}.png": figure.png}
+    files["summary.json"] = json.dumps(summary(frames, shown), indent=1, sort_keys=True).encode()
     return files | {"index.html": render_page(frames, shown).encode()}
+
+
+def summary(frames: Frames, shown: Sequence[Section]) -> dict[str, Any]:
+    """What the page says, for programs: medians by backbone, method and task, and the words of sections."""
+    accuracies: dict[str, Any] = {}
+    for (backbone, method, task), found in sorted(summaries(frames.finished).items()):
+        cell = {
+            "median": found.median,
+            "std": None if math.isnan(found.std) else found.std,
+            "n_seeds": found.n,
+        }
+        accuracies.setdefault(backbone, {}).setdefault(method, {})[task] = cell
+    return {
+        "test_accuracy": accuracies,
+        "sections": {section.name: {"title": section.title, "words": section.words} for section in shown},
+        "recipe": str(frames.provenance.get("recipe", "")),
+        "fingerprint": str(frames.provenance.get("fingerprint", "")),
+    }
 
 
 def render_page(frames: Frames, shown: Sequence[Section]) -> str:

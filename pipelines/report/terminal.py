@@ -65,7 +65,9 @@ def _empty_table(titles: list[str], width: int, wide: bool) -> Table:
     table.padding = (0, 0 if tight else 1)
     table.add_column("", no_wrap=True)
     for title in titles:
-        table.add_column(SYLLABLE.sub("\n", title) if tight else title, justify="right", min_width=5, overflow="fold")
+        table.add_column(
+            SYLLABLE.sub("\n", title) if tight else title, justify="right", min_width=5, overflow="fold"
+        )
     return table
 
 

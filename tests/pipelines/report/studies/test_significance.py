@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipelines.report.frames import Frames
+from pipelines.report.frames import SCHEMAS, Frames
 from pipelines.report.paired import correctness, intervals, not_worse_than_best
 from pipelines.report.studies import accuracy, quality, significance
 from tests.pipelines.report.conftest import frames_of, result_frame
@@ -22,7 +22,7 @@ def predictions(tasks: tuple[str, ...] = ("mnist", "solar_cells"), n_images: int
                 found = {"label": labels, "prediction": (right == flipped).astype(int)}
                 keys = {"backbone": "efficientnet_lite0", "task": task, "method": method, "seed": seed}
                 rows.append(pd.DataFrame({**found, "index": np.arange(n_images)}).assign(**keys))
-    return pd.concat(rows, ignore_index=True)
+    return pd.concat(rows, ignore_index=True).reindex(columns=SCHEMAS["predictions"].names)
 
 
 @pytest.fixture
