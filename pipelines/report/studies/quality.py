@@ -29,8 +29,9 @@ def section(frames: Frames) -> Section | None:
     data = measures(frames)
     if data.empty:
         return None
-    best = data.loc[data.groupby("task")["log_loss"].idxmin(), "method"].mode()[0]
-    words = f"{method_title(best)} has the lowest log loss on most tasks."
+    lowest = data.loc[data.groupby(["backbone", "task"])["log_loss"].idxmin(), "method"].value_counts()
+    first = method_title(lowest.index[0])
+    words = f"{first} has the lowest log loss on {lowest.iloc[0]} of {lowest.sum()} tasks."
     return Section("quality", "Beside accuracy", 35, words, (_table(data),), folded=True)
 
 
