@@ -27,6 +27,7 @@ HEADS_VERSION = 2  # likewise for heads on frozen features: the trainer, the rul
 FINETUNING_VERSION = 2  # likewise for trained backbones
 
 PREDICTIONS_VERSION = 2  # likewise for what is kept of predictions
+KEPT_VERSION = 2  # likewise for what is told of kept features
 
 Kind = Literal["frozen", "finetuned"]
 """Whether the backbone stays as it is or is trained."""
@@ -280,9 +281,9 @@ def results(task: TaskData, kind: Kind, keys: Sequence[Any]) -> Files:
 
 
 def kept(task: TaskData, models: Iterable[str]) -> Files:
-    """How many features of each tap the heads keep."""
+    """How many features of each tap the heads keep, and which."""
     folder = _folder(task, "kept", task.name, "frozen")
-    return Files(folder, {f"{folder}/kept-{fingerprint(list(models))}.parquet": task.name})
+    return Files(folder, {f"{folder}/kept-{fingerprint(KEPT_VERSION, list(models))}.parquet": task.name})
 
 
 def required(run: RunDirectory, name: str, stage: str) -> str:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from h2t.costs import BackboneCost, HeadSize, storage_bytes, training_flops
 from h2t.head2toe import Head
 from h2t.hyperparameters import Hyperparameters
+from h2t.methods import METHODS
 from h2t.metrics import Scores, correct, quality, scores
 from pipelines.artifacts import backbone_folder, features_key, task_columns
 from pipelines.schemas import PREDICTIONS
@@ -130,15 +131,20 @@ def outcome_of_head(head: Head, provenance: Mapping[str, str], weights: str, bat
 
 
 def kept_rows(task: TaskData, head: Head) -> list[dict[str, Any]]:
-    """Rows of ``schemas.KEPT``: how many features of each tap a head keeps."""
+    """Rows of ``schemas.KEPT``: how many features of each tap a head keeps, and which."""
     counts = np.bincount(head.layout.tap_of(head.kept), minlength=len(head.layout.taps))
     shared = {**task_columns(task), "method": head.hyperparameters.method, "seed": head.seed}
+    chosen = METHODS[head.hyperparameters.method].features == "kept"
+    parts = np.split(head.kept, np.cumsum(counts)[:-1])
     return [
-        {**shared, "tap": tap, "tap_index": index, "n_features": width, "n_kept": int(count)}
-        for index, (tap, width, count) in enumerate(
-            zip(head.layout.taps, head.layout.widths, counts, strict=True)
+        {
+            **shared, "tap": tap, "tap_index": index, "n_features": width, "n_kept": len(kept),
+            "kept": (kept - start).tolist() if chosen else None,
+        }
+        for index, (tap, width, start, kept) in enumerate(
+            zip(head.layout.taps, head.layout.widths, head.layout.offsets[:-1], parts, strict=True)
         )
-    ]
+    ]  # fmt: skip
 
 
 def _diverged(n_rows: int) -> Scores:

@@ -41,9 +41,9 @@ RESULTS = pa.schema([
 
 KEPT = pa.schema([
     *_TASK, ("method", TEXT), ("seed", INTEGER), ("tap", TEXT), ("tap_index", INTEGER),
-    ("n_features", INTEGER), ("n_kept", INTEGER),
+    ("n_features", INTEGER), ("n_kept", INTEGER), ("kept", pa.list_(pa.int32())),
 ])  # fmt: skip
-"""One row per task, method, seed and tap."""
+"""One row per task, method, seed and tap; ``kept``: which features of the tap, null where all are."""
 
 PREDICTIONS = pa.schema([
     ("backbone", TEXT), ("task", TEXT), ("method", TEXT), ("seed", pa.int32()), ("index", pa.int32()),

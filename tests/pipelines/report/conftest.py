@@ -98,7 +98,8 @@ def kept_frame(results: pd.DataFrame, n_taps: int = 51) -> pd.DataFrame:
         keys = {name: row[name] for name in ("backbone", "task", "group", "method", "seed")}
         for tap in range(n_taps):
             name = f"blocks.{tap // 9}.{tap % 9 // 3}.bn{tap % 3 + 1}" if tap < n_taps - 1 else "pre_logits"
-            kept.append({**keys, "tap": name, "tap_index": tap, "n_features": 560, "n_kept": counts[tap]})
+            kept.append({**keys, "tap": name, "tap_index": tap, "n_features": 560, "n_kept": counts[tap],
+                         "kept": random.choice(560, counts[tap], replace=False)})  # fmt: skip
     return pd.DataFrame(kept, columns=[*SCHEMAS["kept"].names])
 
 
