@@ -35,6 +35,9 @@ _LABEL_COLUMNS = ("label", "cls", "labels", "fine_label")
 DATASET = "h2t.dataset"
 """The metadata entry that names the data set which the images were prepared from, with its version."""
 
+_LARGEST_KEPT_GROUP = 64 * 2**20  # bytes
+_ROWS_AT_ONCE = 8
+_BUFFER = 2**20
 _INDEX_COLUMN, _SPLIT_COLUMN = "index", "split"
 
 
@@ -55,7 +58,7 @@ class ParquetSource(FileSource):
         return _rows(self, split).labels
 
     def read(self, split: SourceSplit, rows: Sequence[int]) -> list[Image]:
-        """Image bytes as stored; reads each row group that holds one of the rows once.
+        """Image bytes as stored; keeps row groups that are small, and passes through large ones.
 
         Raises UserError for rows that are not there, such as on a node that does not share the folder.
         """
@@ -69,10 +72,11 @@ class ParquetSource(FileSource):
         images: list[Image] = [EncodedImage(b"", "")] * len(chosen)
         place = np.stack([listed.file[chosen], listed.group[chosen]], axis=1)
         for file, group in np.unique(place, axis=0):
-            column = _image_column(self, listed.files[file], int(group))
-            for position in np.flatnonzero((place == (file, group)).all(axis=1)):
-                row = int(chosen[position])
-                images[position] = self._image(column[int(listed.row[row])].as_py(), listed, row)
+            positions = np.flatnonzero((place == (file, group)).all(axis=1))
+            wanted = listed.row[chosen[positions]]
+            stored = _stored_images(self, listed.files[file], int(group), wanted)
+            for position, row in zip(positions, wanted.tolist(), strict=True):
+                images[position] = self._image(stored[row], listed, int(chosen[position]))
         return images
 
     def _image(self, stored: bytes | dict[str, Any] | None, listed: "_Listed", row: int) -> EncodedImage:
@@ -259,14 +263,46 @@ def _column(schema: pa.Schema, path: str, stated: str, usual: Sequence[str], wha
     return name
 
 
+def _stored_images(source: ParquetSource, path: str, group: int, rows: np.ndarray) -> dict[int, Any]:
+    """Some rows of a row group: bytes, or a dictionary of ``bytes`` and ``path`` or one of them."""
+    with _reading(source.root, path) as file:
+        name, columns = _image_columns(source, file, path)
+        chunks = map(file.metadata.row_group(group).column, range(file.metadata.num_columns))
+        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == name)
+        if size > _LARGEST_KEPT_GROUP:
+            return _passing_through(file, group, name, columns, set(rows.tolist()))
+    column = _image_column(source, path, group)
+    return {row: column[row].as_py() for row in rows.tolist()}
+
+
+def _passing_through(
+    file: pq.ParquetFile, group: int, name: str, columns: list[str], rows: set[int]
+) -> dict[int, Any]:
+    """Some rows of a row group of which a few are in memory at once: photographs make one of gigabytes."""
+    found: dict[int, Any] = {}
+    first = 0
+    for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns):
+        values = batch.column(batch.schema.get_field_index(name))
+        found |= {row: values[row - first].as_py() for row in rows if first <= row < first + len(values)}
+        first += len(values)
+        if len(found) == len(rows):
+            break
+    return found
+
+
 # A shard's rows mostly sit in one row group, and the next shard's in the same one or the next.
 @lru_cache(maxsize=2)
 def _image_column(source: ParquetSource, path: str, group: int) -> pa.ChunkedArray:
     """Images of a row group: binary [n], or struct [n] with fields ``bytes`` and ``path`` or one of them."""
     with _reading(source.root, path) as file:
-        field = _image_field(file.schema_arrow, path, source.image)
-        columns = [field.name] if _is_bytes(field.type) else _columns_of_struct(field)
-        return file.read_row_group(group, columns).column(field.name)
+        name, columns = _image_columns(source, file, path)
+        return file.read_row_group(group, columns).column(name)
+
+
+def _image_columns(source: ParquetSource, file: pq.ParquetFile, path: str) -> tuple[str, list[str]]:
+    """The name of the column of images, and what of it is read."""
+    field = _image_field(file.schema_arrow, path, source.image)
+    return field.name, [field.name] if _is_bytes(field.type) else _columns_of_struct(field)
 
 
 def _columns_of_struct(field: pa.Field) -> list[str]:
@@ -332,7 +368,8 @@ def _is_bytes(type: pa.DataType) -> bool:
 def _reading(root: str, path: str) -> Iterator[pq.ParquetFile]:
     """The opened file; what pyarrow raises on a damaged one, here or while it is read, is a UserError."""
     try:
-        with pq.ParquetFile(open_root(root)[0].open_input_file(path)) as file:
+        # With a buffer, or a whole column of a row group would be in memory at once.
+        with pq.ParquetFile(open_root(root)[0].open_input_file(path), buffer_size=_BUFFER) as file:
             yield file
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error

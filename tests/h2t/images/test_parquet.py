@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from h2t.errors import UserError
+from h2t.images import parquet
 from h2t.images.formats import open_source
 from h2t.images.preprocessing import decode
 from h2t.images.source import BadImage, SourceUnavailable, check_rows
@@ -315,3 +316,16 @@ def test_a_map_of_labels(tmp_path: Path, noise) -> None:
     for wrong in ("yes", {"17": "crow"}, {"17": "crow", "owl": "9203"}):
         with pytest.raises(UserError, match="label_map: expected"):
             opened(tmp_path, label_map=wrong)
+
+
+@pytest.mark.parametrize("make", [flat, struct])
+def test_row_groups_too_large_to_keep_are_passed_through(
+    make, tmp_path: Path, noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, images = noise(40)
+    for name in ("train", "test"):
+        pq.write_table(make(images, list(range(40))), tmp_path / f"{name}.parquet", row_group_size=25)
+    monkeypatch.setattr(parquet, "_LARGEST_KEPT_GROUP", 0)
+    monkeypatch.setattr(parquet, "_image_column", None)
+    chosen = [39, 3, 24, 25, 3]
+    np.testing.assert_array_equal(pixels_of(opened(tmp_path), "train", chosen), pixels[chosen])
