@@ -10,7 +10,6 @@ from pyarrow.fs import FileSelector
 from h2t.errors import UserError
 from h2t.statistics import paired_difference
 from pipelines.report.frames import Frames, read_runs
-from pipelines.report.paired import correctness
 from pipelines.report.tables import (
     ReportTable,
     in_paper_order,
@@ -67,7 +66,7 @@ def compare(runs: Sequence[RunDirectory]) -> ReportTable:
 
 
 def _differences(frames: Frames, reference: str, entry: str) -> list[dict[str, object]]:
-    found, results = correctness(frames.predictions), frames.finished
+    found, results = frames.correctness, frames.finished
     medians = results.groupby(["backbone", "task", "method"])["test_accuracy"].median()
     groups = dict(zip(results["task"], results["group"], strict=True))
     rows: list[dict[str, object]] = []

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ import pyarrow.dataset
 from h2t.costs import BackboneCost
 from h2t.errors import UserError
 from h2t.methods import METHODS
+from pipelines.report.paired import Correctness, correctness
 from pipelines.run_directory import TEMPORARY, RunDirectory, open_filesystem
 from pipelines.run_record import read_record
 from pipelines.schemas import BAD_ROWS, CHOSEN, KEPT, PREDICTIONS, RESULTS, TRIALS
@@ -40,6 +42,11 @@ class Frames:
     bad_rows: pd.DataFrame = field(default_factory=SCHEMAS["bad_rows"].empty_table().to_pandas)
     costs: Mapping[str, BackboneCost] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def correctness(self) -> Correctness:
+        """Which test images every training got right."""
+        return correctness(self.predictions)
 
     @property
     def finished(self) -> pd.DataFrame:

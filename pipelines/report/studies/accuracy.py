@@ -3,7 +3,7 @@
 import pandas as pd
 
 from pipelines.report.frames import Frames
-from pipelines.report.paired import correctness, not_worse_than_best
+from pipelines.report.paired import Correctness, not_worse_than_best
 from pipelines.report.studies import Section
 from pipelines.report.tables import (
     ReportTable,
@@ -22,7 +22,7 @@ def section(frames: Frames) -> Section | None:
     """The table, and which method is best on average; None without results."""
     if frames.finished.empty:
         return None
-    table = accuracy_table(frames.finished, frames.predictions)
+    table = accuracy_table(frames.finished, frames.correctness)
     means = table.data.dropna(subset="mean_all").sort_values("mean_all", kind="stable")
     best = means.groupby("backbone").tail(1).sort_values("backbone").to_dict("records")
     words = " ".join(
@@ -33,33 +33,29 @@ def section(frames: Frames) -> Section | None:
     return Section(table.name, table.title, 10, words, (table,))
 
 
-def accuracy_table(results: pd.DataFrame, predictions: pd.DataFrame | None = None) -> ReportTable:
+def accuracy_table(results: pd.DataFrame, found: Correctness | None = None) -> ReportTable:
     """Medians over seeds, the best of each column in bold and what it does not clearly beat marked."""
     data = statistics(results, "median")
     shown = data.drop(columns=["backbone", "method"]).map(percent)
     bold = _best_as_shown(data["backbone"], shown)
-    if predictions is not None:
-        _mark_close(data, shown, predictions, results)
+    if found is not None:
+        _mark_close(data, shown, found, results)
     return ReportTable(
         "table1",
         "Test accuracy",
         "Median over seeds, in percent; the best of each column in bold. A mean is shown where the method "
         "has a result for every task of the backbone. The mean over all tasks weighs every task alike."
-        + (
-            f" {CLOSE}: not beaten by the best by more than chance (95 %)." if predictions is not None else ""
-        ),
+        + (f" {CLOSE}: not beaten by the best by more than chance (95 %)." if found is not None else ""),
         data,
         with_headers(data, shown, tasks_in_order(results)),
         bold,
     )
 
 
-def _mark_close(
-    data: pd.DataFrame, shown: pd.DataFrame, predictions: pd.DataFrame, results: pd.DataFrame
-) -> None:
+def _mark_close(data: pd.DataFrame, shown: pd.DataFrame, found: Correctness, results: pd.DataFrame) -> None:
     """Put a mark behind the cells that the best of their column does not beat by more than chance."""
     medians = {key: summary.median for key, summary in summaries(results).items()}
-    close = not_worse_than_best(correctness(predictions), medians)
+    close = not_worse_than_best(found, medians)
     for row, (backbone, method) in enumerate(zip(data["backbone"], data["method"], strict=True)):
         for column, task in enumerate(shown):
             if (backbone, method, task) in close:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from pipelines.report.frames import Frames
-from pipelines.report.paired import correctness, intervals
+from pipelines.report.paired import intervals
 from pipelines.report.studies import Section
 from pipelines.report.tables import (
     ReportTable,
@@ -39,7 +39,7 @@ def measures(frames: Frames) -> pd.DataFrame:
     """A row per backbone, task and method: medians over seeds of every measure, and ``low`` and ``high``."""
     rows = frames.finished.dropna(subset=["log_loss"])
     data = rows.groupby(["backbone", "task", "group", "method"], as_index=False)[MEASURES].median()
-    known = intervals(correctness(frames.predictions))
+    known = intervals(frames.correctness)
     keys = zip(data["backbone"], data["method"], data["task"], strict=True)
     bounds = [known[key][1:3] if key in known else (np.nan, np.nan) for key in keys]
     data[["low", "high"]] = np.array(bounds, float).reshape(-1, 2)

@@ -5,7 +5,7 @@ import pandas as pd
 
 from h2t.statistics import average_ranks, holm, mcnemar, median_seed, paired_difference, wilcoxon
 from pipelines.report.frames import Frames
-from pipelines.report.paired import Correctness, correctness
+from pipelines.report.paired import Correctness
 from pipelines.report.studies import Section
 from pipelines.report.tables import (
     MISSING,
@@ -37,7 +37,7 @@ OVER_TASKS_NOTE = (
 
 def section(frames: Frames) -> Section | None:
     """Differences per task and over tasks; None without two methods on the same test images."""
-    found = correctness(frames.predictions)
+    found = frames.correctness
     by_task = differences(found, frames.finished)
     if by_task.empty:
         return None

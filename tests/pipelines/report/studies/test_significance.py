@@ -32,7 +32,7 @@ def frames() -> Frames:
 
 
 def test_a_clear_difference_and_one_by_chance(frames: Frames) -> None:
-    rows = significance.differences(correctness(frames.predictions), frames.finished)
+    rows = significance.differences(frames.correctness, frames.finished)
     assert set(rows["reference"]) == {"head2toe"}
     by_method = rows.set_index(["task", "method"])
     assert by_method.loc[("mnist", "linear"), "low"] > 0.1
@@ -44,7 +44,7 @@ def test_a_clear_difference_and_one_by_chance(frames: Frames) -> None:
 
 
 def test_table1_marks_what_the_best_does_not_clearly_beat(frames: Frames) -> None:
-    table = accuracy.accuracy_table(frames.finished, frames.predictions)
+    table = accuracy.accuracy_table(frames.finished, frames.correctness)
     shown = table.display.set_index(("", "Method"))
     marked = {method: [accuracy.CLOSE in cell for cell in cells] for method, cells in shown.T.items()}
     assert marked["+All-l2"][:2] == [True, True]
@@ -71,7 +71,7 @@ def test_trainings_that_diverged_do_not_count(frames: Frames) -> None:
 
 def test_intervals_stand_beside_the_measures(frames: Frames) -> None:
     data = quality.measures(frames)
-    expected = intervals(correctness(frames.predictions))["efficientnet_lite0", "linear", "mnist"]
+    expected = intervals(frames.correctness)["efficientnet_lite0", "linear", "mnist"]
     row = data[(data["method"] == "linear") & (data["task"] == "mnist")].iloc[0]
     assert (row["low"], row["high"]) == (expected.low, expected.high)
     without = quality.measures(frames_of(frames.results))
