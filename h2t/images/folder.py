@@ -176,6 +176,8 @@ def _splits(source: FolderSource) -> list[SourceSplit]:
     return ["train"] if source.train in found and source.test not in found else ["train", "test"]
 
 
+# Asked for every row that is read.
+@lru_cache(maxsize=64)
 def _rows(source: FolderSource, split: SourceSplit) -> tuple[list[str], np.ndarray]:
     """Paths and labels of a split."""
     if _has_splits(source):

@@ -265,28 +265,33 @@ def _column(schema: pa.Schema, path: str, stated: str, usual: Sequence[str], wha
 
 def _stored_images(source: ParquetSource, path: str, group: int, rows: np.ndarray) -> dict[int, Any]:
     """Some rows of a row group: bytes, or a dictionary of ``bytes`` and ``path`` or one of them."""
-    with _reading(source.root, path) as file:
-        name, columns = _image_columns(source, file, path)
-        chunks = map(file.metadata.row_group(group).column, range(file.metadata.num_columns))
-        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == name)
-        if size > _LARGEST_KEPT_GROUP:
-            return _passing_through(file, group, name, columns, set(rows.tolist()))
+    if _size_of_images(source, path, group) > _LARGEST_KEPT_GROUP:
+        return _passing_through(source, path, group, set(rows.tolist()))
     column = _image_column(source, path, group)
     return {row: column[row].as_py() for row in rows.tolist()}
 
 
-def _passing_through(
-    file: pq.ParquetFile, group: int, name: str, columns: list[str], rows: set[int]
-) -> dict[int, Any]:
+@lru_cache(maxsize=4096)
+def _size_of_images(source: ParquetSource, path: str, group: int) -> int:
+    """Bytes of the images of a row group."""
+    with _reading(source.root, path) as file:
+        name, _ = _image_columns(source, file, path)
+        chunks = map(file.metadata.row_group(group).column, range(file.metadata.num_columns))
+        return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == name)
+
+
+def _passing_through(source: ParquetSource, path: str, group: int, rows: set[int]) -> dict[int, Any]:
     """Some rows of a row group of which a few are in memory at once: photographs make one of gigabytes."""
     found: dict[int, Any] = {}
     first = 0
-    for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns):
-        values = batch.column(batch.schema.get_field_index(name))
-        found |= {row: values[row - first].as_py() for row in rows if first <= row < first + len(values)}
-        first += len(values)
-        if len(found) == len(rows):
-            break
+    with _reading(source.root, path) as file:
+        name, columns = _image_columns(source, file, path)
+        for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns):
+            values = batch.column(batch.schema.get_field_index(name))
+            found |= {row: values[row - first].as_py() for row in rows if first <= row < first + len(values)}
+            first += len(values)
+            if len(found) == len(rows):
+                break
     return found
 
 

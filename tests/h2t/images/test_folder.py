@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from h2t.errors import UserError
+from h2t.images import folder
 from h2t.images.folder import open_folder
 from h2t.images.formats import open_source
 from h2t.images.preprocessing import decode
@@ -171,3 +172,14 @@ def test_wrong_settings(tree, tmp_path: Path) -> None:
         open_source("folder", TASK, str(tmp_path), {"test_fraction": "a fifth"})
     with pytest.raises(SourceUnavailable, match="are not at"):
         open_source("folder", TASK, str(tmp_path / "nowhere"), {})
+
+
+@pytest.mark.parametrize("parts", [("train/", "test/"), ("",)])
+def test_folders_are_listed_once_however_many_rows_are_read(parts, tree, monkeypatch) -> None:
+    root = tree(*[f"{part}{name}/{n}.png" for part in parts for name in ("crow", "owl") for n in range(5)])
+    source = open_folder(TASK, str(root))
+    for split in ("train", "test"):
+        source.labels(split)
+    monkeypatch.setattr(folder, "list_folders", None)
+    monkeypatch.setattr(folder, "list_files", None)
+    assert len(source.read("train", range(len(source.labels("train"))))) == (10 if len(parts) > 1 else 8)
