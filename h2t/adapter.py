@@ -1,7 +1,8 @@
 """The saved result of adapting to a task: a head, what it kept, and enough to predict new images with it.
 
-A head is one safetensors file: tensors ``kept``, ``weight`` and ``bias``, and a single metadata entry of JSON
-that holds the rest. Equal heads give equal bytes. A fine-tuned model is what ``finetuning.save_model`` gives.
+A head is one safetensors file: tensors ``kept``, ``weight`` and ``bias`` (of nearest neighbours also their
+labels), and a single metadata entry of JSON that holds the rest. Equal heads give equal bytes. A fine-tuned
+model is what ``finetuning.save_model`` gives.
 """
 
 import json
@@ -26,10 +27,11 @@ from h2t.extraction import AnyImage, extract_features, prepared_batches, preproc
 from h2t.features import FeatureLayout
 from h2t.finetuning import MODEL, FinetuneOptions, TrainableModel, load_model, predict_logits, read_metadata
 from h2t.head2toe import Head, logits
+from h2t.heads.neighbours import Neighbours
 from h2t.hyperparameters import Hyperparameters
 from h2t.images.preprocessing import Preprocessing
 
-FORMAT = "head2toe-head-2"
+FORMAT = "head2toe-head-3"
 ENTRY = "head"
 
 
@@ -54,8 +56,8 @@ def save_head(
     JSON.
     """
     n_classes = classes if isinstance(classes, int) else len(classes)
-    if n_classes != head.weight.shape[1]:
-        raise UserError(f"save_head: {n_classes} classes are named, but the head has {head.weight.shape[1]}")
+    if n_classes != head.n_classes:
+        raise UserError(f"save_head: {n_classes} classes are named, but the head has {head.n_classes}")
     content = {
         "format": FORMAT,
         "hyperparameters": asdict(head.hyperparameters),
@@ -65,12 +67,16 @@ def save_head(
         "widths": list(head.layout.widths),
         "classes": classes if isinstance(classes, int) else list(classes),
         "provenance": provenance,
+        "raw": head.raw,
+        "neighbours": head.neighbours and head.neighbours.k,
     }
     tensors: dict[str, np.ndarray] = {
         "kept": np.ascontiguousarray(head.kept, dtype=np.int64),
         "weight": np.ascontiguousarray(head.weight, dtype=np.float32),
         "bias": np.ascontiguousarray(head.bias, dtype=np.float32),
     }
+    if head.neighbours:
+        tensors["neighbours"] = np.ascontiguousarray(head.neighbours.labels, dtype=np.int64)
     # safetensors writes several metadata entries in any order, but a single one always alike.
     data = save(tensors, metadata={ENTRY: json.dumps(content, sort_keys=True)})
     if isinstance(destination, str | os.PathLike):
@@ -105,7 +111,7 @@ class Adapter:
     ) -> None:
         if isinstance(head, Head):
             _check_layout(backbone, head, cls_token)
-        n_classes = len(head.bias if isinstance(head, Head) else head.head.bias)
+        n_classes = head.n_classes if isinstance(head, Head) else len(head.head.bias)
         self.backbone, self.head, self.cls_token = backbone, head, cls_token
         self.preprocessing = preprocessing or preprocessing_for(backbone)
         self.classes = np.arange(n_classes) if classes is None else np.asarray(classes)
@@ -201,6 +207,8 @@ def _head(data: bytes) -> tuple[Head, dict[str, Any]]:
     content = metadata[ENTRY]
     if content["format"] != FORMAT:
         raise ValueError(f"expected format {FORMAT}, got {content['format']}")
+    classes, k = content["classes"], content["neighbours"]
+    n_classes = classes if isinstance(classes, int) else len(classes)
     head = Head(
         Hyperparameters(**content["hyperparameters"]),
         content["seed"],
@@ -209,6 +217,8 @@ def _head(data: bytes) -> tuple[Head, dict[str, Any]]:
         tensors["weight"],
         tensors["bias"],
         content["train_loss"],
+        content["raw"],
+        Neighbours(k, tensors["neighbours"], n_classes) if k else None,
     )
     _check_consistency(head)
     return head, content
@@ -220,6 +230,8 @@ def _check_consistency(head: Head) -> None:
         raise ValueError(f"kept {kept.shape}, weight {weight.shape} and bias {bias.shape} do not match")
     if len(kept) and (kept[0] < 0 or kept[-1] >= head.layout.n_features or (np.diff(kept) <= 0).any()):
         raise ValueError(f"kept features are not ascending indices below {head.layout.n_features}")
+    if head.neighbours and head.neighbours.labels.shape != bias.shape:
+        raise ValueError(f"{len(bias)} neighbours have {len(head.neighbours.labels)} labels")
     if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
         raise ValueError("weights are not finite")
 

@@ -71,12 +71,17 @@ def unit_norm(features: Matrix, layout: FeatureLayout, out: Matrix | None = None
 
 
 def keep_features(
-    features: Matrix, layout: FeatureLayout, kept: np.ndarray, rows: np.ndarray | None = None
+    features: Matrix,
+    layout: FeatureLayout,
+    kept: np.ndarray,
+    rows: np.ndarray | None = None,
+    *,
+    raw: bool = False,
 ) -> Matrix:
-    """The kept features, of unit norm per example and tap **over what is kept of the tap**.
+    """The kept features, of unit norm per example and tap **over what is kept of the tap**; or as they are.
 
     ``features``: float [n, N], never written; ``kept``: int64 [K], ascending columns; ``rows``: int64 [m],
-    the examples (default: all, in order). Returns a new float [m, K].
+    the examples (default: all, in order); ``raw``: without any norm. Returns a new float [m, K].
     """
     _check_width(features, layout)
     index = kept if isinstance(features, np.ndarray) else torch.from_numpy(np.array(kept)).to(features.device)
@@ -86,7 +91,7 @@ def keep_features(
         values = features[rows, int(kept[0]) : int(kept[-1]) + 1]
     else:
         values = features[rows[:, None], index]
-    return unit_norm(values, layout.of_kept(kept), out=values)
+    return values if raw else unit_norm(values, layout.of_kept(kept), out=values)
 
 
 def _check_width(features: np.ndarray | torch.Tensor, layout: FeatureLayout) -> None:

@@ -1,8 +1,9 @@
 """Head2Toe and its baselines on frozen features: score, keep, train the final head (Section 3.2)."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, groupby
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -12,13 +13,14 @@ from torch import Tensor
 from h2t.errors import UserError, unknown
 from h2t.features import FeatureLayout, keep_features, unit_norm
 from h2t.heads.blocks import HeadStack
+from h2t.heads.neighbours import Neighbours
 from h2t.heads.solvers import SOLVERS
-from h2t.heads.spec import HeadSpec, Precision
+from h2t.heads.spec import HeadSpec, Normalization, Precision
 from h2t.heads.training import train_groups, train_stacks
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS, find_method
 from h2t.metrics import cross_entropy
-from h2t.selection import RULES
+from h2t.selection import DATA_RULES, WEIGHT_RULES, keep_top
 
 Phase = Literal["first", "final"]
 PHASES = get_args(Phase)
@@ -35,7 +37,8 @@ class Head:
 
     ``kept`` int64 [n_kept]: ascending indices into the features of ``layout``; ``weight`` float32
     [n_kept, n_classes]; ``bias`` float32 [n_classes]; ``train_loss``: mean cross-entropy over the training
-    rows, nats.
+    rows, nats. ``raw``: the head reads features as they are, without unit norm per tap. ``neighbours``: the
+    columns of weight and bias are training rows, which vote.
     """
 
     hyperparameters: Hyperparameters
@@ -45,16 +48,35 @@ class Head:
     weight: np.ndarray
     bias: np.ndarray
     train_loss: float
+    raw: bool = False
+    neighbours: Neighbours | None = None
+
+    @property
+    def n_classes(self) -> int:
+        """The number of classes."""
+        return self.neighbours.n_classes if self.neighbours else len(self.bias)
+
+    def logits(self, inputs: np.ndarray) -> np.ndarray:
+        """Logits float32 [n, n_classes] of the kept features float32 [n, n_kept], normalised."""
+        values = inputs @ self.weight + self.bias
+        return self.neighbours.logits(values) if self.neighbours else values
 
 
 def logits(head: Head, features: np.ndarray) -> np.ndarray:
     """Logits float32 [n, n_classes] of raw features float32 [n, n_features], all of the head's layout."""
-    return keep_features(features, head.layout, head.kept) @ head.weight + head.bias
+    return head.logits(keep_features(features, head.layout, head.kept, raw=head.raw))
+
+
+VARIANCE_FLOOR = 1e-5
+"""Added to a feature's variance where each is normalised by itself, as in the official code."""
 
 
 @dataclass(frozen=True)
 class _Data:
-    """Everything that the heads of a call share; ``rows``: those of ``features`` to train on."""
+    """Everything that the heads of a call share; ``rows``: those of ``features`` to train on.
+
+    ``center``, ``scale``: float32 [n_features], of features that are normalised each by itself.
+    """
 
     features: np.ndarray
     labels: np.ndarray
@@ -63,6 +85,17 @@ class _Data:
     memory_budget: int | None
     shuffle: Sequence[int] | None
     options: dict[str, Any]
+    normalization: Normalization = "unit"
+    center: np.ndarray | None = None
+    scale: np.ndarray | None = None
+
+    def normalized(self, normalization: Normalization) -> "_Data":
+        """The same with features normalised in that way."""
+        if normalization != "per_feature":
+            return replace(self, normalization=normalization)
+        values = self.features[self.rows]
+        center, scale = values.mean(0), np.sqrt(values.var(0) + np.float32(VARIANCE_FLOOR))
+        return replace(self, normalization=normalization, center=center, scale=scale)
 
     def order(self, seed: int, phase: Phase) -> np.ndarray:
         """The rows in the order in which a phase of the training with that seed takes them, int64."""
@@ -72,8 +105,30 @@ class _Data:
         return generator.permutation(self.rows)
 
     def inputs(self, kept: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """The kept features of rows with unit norm per tap, a new float32 [n_rows, n_kept]."""
-        return keep_features(self.features, self.layout, kept, order)
+        """The kept features of rows, normalised, a new float32 [n_rows, n_kept]."""
+        raw = self.normalization != "unit"
+        values = keep_features(self.features, self.layout, kept, order, raw=raw)
+        if self.center is not None and self.scale is not None:
+            values -= self.center[kept]
+            values /= self.scale[kept]
+        return values
+
+    def head(
+        self,
+        point: Hyperparameters,
+        seed: int,
+        kept: np.ndarray,
+        weight: np.ndarray,
+        bias: np.ndarray,
+        train_loss: float,
+        neighbours: Neighbours | None = None,
+    ) -> Head:
+        """A head on features as they are: mean and variance of each go into weight and bias."""
+        raw = self.normalization != "unit"
+        if self.center is not None and self.scale is not None:
+            weight = weight / self.scale[kept, None]
+            bias = bias - self.center[kept] @ weight
+        return Head(point, seed, kept, self.layout, weight, bias, train_loss, raw, neighbours)
 
 
 class _Final(NamedTuple):
@@ -98,6 +153,8 @@ def fit(
     embedding: str,
     seeds: Sequence[int] = (0,),
     rows: np.ndarray | None = None,
+    taps: Sequence[str] | None = None,
+    kept: Mapping[int, np.ndarray] | None = None,
     shuffle: Sequence[int] | None = None,
     batch_size: int = 128,
     memory_budget: int | None = None,
@@ -111,6 +168,10 @@ def fit(
     ``embedding`` names the tap that methods on the embedding use. ``memory_budget`` in bytes bounds what is
     allocated here on top of one normalised copy of the training rows.
 
+    ``taps``: the only ones whose features are candidates (default: all); heads are of the whole layout all
+    the same. ``kept``: seed -> int64 [n_kept], features to train final heads on in place of those that a
+    point's rule would keep.
+
     ``shuffle``: numbers that, with the seed of a head, draw the order of its rows, which each of the two
     phases repeats until its steps are done; so the official code has it, which reads the images in a new
     order whenever it computes their features. None takes the rows as they come.
@@ -121,24 +182,65 @@ def fit(
 
     Raises UserError, before any training, for hyperparameters, labels or features that cannot be used.
     """
-    check_hyperparameters(hyperparameters, layout)
-    if embedding not in layout.taps:
-        raise unknown("tap", embedding, layout.taps)
+    whole, columns = layout, None
     features, labels = np.asarray(features, np.float32), np.asarray(labels)
+    if taps is not None:
+        columns = columns_of(layout, taps)
+        features, layout = features[:, columns], _part(layout, taps)
+    check_hyperparameters(hyperparameters, layout)
+    on_embedding = [point for point in hyperparameters if METHODS[point.method].features == "embedding"]
+    if embedding not in layout.taps and (on_embedding or taps is None):
+        raise unknown("tap", embedding, layout.taps)
     rows = np.arange(len(labels)) if rows is None else np.asarray(rows)
     options = {"n_classes": n_classes, "batch_size": batch_size, "device": device, "precision": precision}
     data = _Data(features, labels, rows, layout, memory_budget, shuffle, options)
-    on_embedding = [point for point in hyperparameters if METHODS[point.method].features == "embedding"]
-    on_all = [point for point in hyperparameters if METHODS[point.method].features != "embedding"]
-    of_embedding, everything = layout.slices[layout.taps.index(embedding)], slice(0, layout.n_features)
-    return chain.from_iterable(
-        fit_some(data, some, seeds, columns)
-        for points, columns in ((on_embedding, of_embedding), (on_all, everything))
-        for fit_some, some in (
-            (_solve_columns, [point for point in points if METHODS[point.method].solver]),
-            (_fit_columns, [point for point in points if not METHODS[point.method].solver]),
-        )
-    )
+    heads = _fit_given(data, hyperparameters, kept) if kept else _fit(data, hyperparameters, seeds, embedding)
+    if columns is None:
+        return heads
+    return (replace(head, kept=columns[head.kept], layout=whole) for head in heads)
+
+
+def columns_of(layout: FeatureLayout, taps: Sequence[str]) -> np.ndarray:
+    """The columns of some taps, int64 ascending. Raises UserError for an unknown tap."""
+    for tap in taps:
+        if tap not in layout.taps:
+            raise unknown("tap", tap, layout.taps)
+    named = zip(layout.taps, layout.slices, strict=True)
+    return np.concatenate([np.arange(part.start, part.stop) for tap, part in named if tap in taps])
+
+
+def _part(layout: FeatureLayout, taps: Sequence[str]) -> FeatureLayout:
+    named = [pair for pair in zip(layout.taps, layout.widths, strict=True) if pair[0] in taps]
+    names, widths = zip(*named, strict=True)
+    return FeatureLayout(names, widths)
+
+
+def _fit(
+    data: _Data, points: Sequence[Hyperparameters], seeds: Sequence[int], embedding: str
+) -> Iterator[Head]:
+    """Train heads, together where they read the same features."""
+
+    def kind(point: Hyperparameters) -> tuple[bool, bool, Normalization]:
+        method = METHODS[point.method]
+        return method.features != "embedding", method.solver is None, method.normalization
+
+    layout = data.layout
+    for (on_all, trained, normalization), group in groupby(sorted(points, key=kind), kind):
+        columns = slice(0, layout.n_features) if on_all else layout.slices[layout.taps.index(embedding)]
+        fit_columns = _fit_columns if trained else _solve_columns
+        yield from fit_columns(data.normalized(normalization), list(group), seeds, columns)
+
+
+def _fit_given(
+    data: _Data, points: Sequence[Hyperparameters], kept: Mapping[int, np.ndarray]
+) -> Iterator[Head]:
+    """Train final heads on features that are given, by seed."""
+    finals = [
+        _Final(HeadSpec(point.learning_rate, point.steps, seed=seed), point, features)
+        for point in points
+        for seed, features in kept.items()
+    ]
+    yield from _fit_kept(data, finals)
 
 
 def check_hyperparameters(hyperparameters: Sequence[Hyperparameters], layout: FeatureLayout) -> None:
@@ -155,14 +257,17 @@ def check_hyperparameters(hyperparameters: Sequence[Hyperparameters], layout: Fe
                 f"keep_fraction {point.keep_fraction} keeps none of {layout.n_features} features; "
                 f"expected {1 / layout.n_features:.2g} to 1"
             )
+        if point.offset + int(layout.n_features * point.keep_fraction) > layout.n_features:
+            raise UserError(
+                f"offset {point.offset} and keep_fraction {point.keep_fraction} reach beyond the "
+                f"{layout.n_features} features that there are"
+            )
 
 
 def _solve_columns(
     data: _Data, points: Sequence[Hyperparameters], seeds: Sequence[int], columns: slice
 ) -> Iterator[Head]:
     """Solve for heads on a range of the features; they are the same for every seed."""
-    if not points:
-        return
     kept = np.arange(columns.start, columns.stop, dtype=np.int64)
     inputs, labels = data.inputs(kept, data.rows), data.labels[data.rows]
     for method, group in groupby(sorted(points), lambda point: point.method):
@@ -170,10 +275,11 @@ def _solve_columns(
         solver = SOLVERS[str(METHODS[method].solver)]
         coefficients = [point.coefficient for point in members]
         solutions = solver(inputs, labels, data.options["n_classes"], coefficients)
-        for point, (weight, bias) in zip(members, solutions, strict=True):
-            loss = cross_entropy(inputs @ weight + bias, labels)
+        for point, (weight, bias, neighbours) in zip(members, solutions, strict=True):
+            head = data.head(point, seeds[0], kept, weight, bias, math.nan, neighbours)
+            head.train_loss = cross_entropy(logits(head, data.features[data.rows]), labels)
             for seed in seeds:
-                yield Head(point, seed, kept, data.layout, weight, bias, loss)
+                yield replace(head, seed=seed)
 
 
 def _fit_columns(
@@ -184,19 +290,24 @@ def _fit_columns(
     finals: list[_Final] = []
     for seed in seeds:
         by_spec: dict[HeadSpec, list[Hyperparameters]] = {}  # what uses a training: its head or its scores
+        by_rule: dict[str, list[Hyperparameters]] = {}
         for point in points:
             method = METHODS[point.method]
             if method.features == "kept" and not method.scored:
-                finals.append(_final(point, seed, None, data.layout))
+                by_rule.setdefault(str(method.selection), []).append(point)
             else:
                 spec = HeadSpec(point.learning_rate, point.steps, method.regularizer, point.coefficient, seed)
                 by_spec.setdefault(spec, []).append(point)
+        for rule, members in by_rule.items():
+            scores = DATA_RULES[rule](data.inputs(columns_kept, data.rows), data.labels[data.rows], seed)
+            finals += _finals(members, seed, scores)
         for spec, stack, position in _fit_specs(data, list(by_spec), columns_kept):
             for point in by_spec[spec]:
                 if METHODS[point.method].features == "kept":
-                    finals.append(_final(point, seed, stack.weight[position], data.layout))
+                    scored_by = WEIGHT_RULES[str(METHODS[point.method].selection)]
+                    finals += _finals([point], seed, scored_by(stack.weight[position], data.layout))
                 else:
-                    yield _head(point, seed, columns_kept, data.layout, stack, position)
+                    yield _head(data, point, seed, columns_kept, stack, position)
     yield from _fit_kept(data, finals)
 
 
@@ -215,12 +326,16 @@ def _fit_specs(
             yield specs[head], stack, position
 
 
-def _final(point: Hyperparameters, seed: int, weight: Tensor | None, layout: FeatureLayout) -> _Final:
-    """The final head that follows a scoring phase: same rate, steps and seed, no regularizer."""
-    rule = METHODS[point.method].selection
-    assert rule is not None, f"{point.method} keeps features by no rule"
-    spec = HeadSpec(point.learning_rate, point.steps, seed=seed)
-    return _Final(spec, point, RULES[rule](weight, layout, point.keep_fraction, seed))
+def _finals(points: Iterable[Hyperparameters], seed: int, scores: np.ndarray) -> list[_Final]:
+    """The final heads that follow on scores: same rate, steps and seed, no regularizer."""
+    return [
+        _Final(
+            HeadSpec(point.learning_rate, point.steps, seed=seed),
+            point,
+            keep_top(scores, point.keep_fraction, point.offset),
+        )
+        for point in points
+    ]
 
 
 def _fit_kept(data: _Data, finals: list[_Final]) -> Iterator[Head]:
@@ -231,7 +346,7 @@ def _fit_kept(data: _Data, finals: list[_Final]) -> Iterator[Head]:
         stacks = train_groups([_with_inputs(data, group) for group in groups], **options)
         for group, stack in zip(groups, stacks, strict=True):
             for position, final in enumerate(group):
-                yield _head(final.point, final.spec.seed, final.kept, data.layout, stack, position)
+                yield _head(data, final.point, final.spec.seed, final.kept, stack, position)
 
 
 def _with_inputs(data: _Data, group: Sequence[_Final]) -> tuple[np.ndarray, np.ndarray, list[HeadSpec]]:
@@ -261,21 +376,19 @@ def _by_shape(finals: list[_Final]) -> list[list[_Final]]:
 
 
 def _head(
-    point: Hyperparameters,
-    seed: int,
-    kept: np.ndarray,
-    layout: FeatureLayout,
-    stack: HeadStack,
-    position: int,
+    data: _Data, point: Hyperparameters, seed: int, kept: np.ndarray, stack: HeadStack, position: int
 ) -> Head:
     weight = stack.weight[position].cpu().contiguous().numpy()
     bias = stack.bias[position].cpu().numpy()
-    return Head(point, seed, kept, layout, weight, bias, float(stack.train_loss[position]))
+    return data.head(point, seed, kept, weight, bias, float(stack.train_loss[position]))
 
 
 @dataclass(frozen=True)
 class _SharedKept:
-    """Heads on the same kept features: their weights side by side, [n_kept, n_heads * n_classes]."""
+    """Heads on the same kept features: their weights side by side, [n_kept, n_heads * n_classes].
+
+    ``neighbours``: how the columns of a single head, which are training rows, vote.
+    """
 
     target_size: int
     layout: FeatureLayout
@@ -283,25 +396,31 @@ class _SharedKept:
     weight: Tensor
     bias: Tensor
     positions: list[int]
+    raw: bool
+    neighbours: Neighbours | None
 
-    def logits(self, features: Tensor) -> Tensor:
-        """[b, n_heads, n_classes] of raw features [b, n_features]."""
-        if len(self.kept) == self.layout.n_features:
-            values = unit_norm(features, self.layout)  # without a copy of the features
-        else:
-            values = keep_features(features, self.layout, self.kept)
-        return torch.addmm(self.bias, values, self.weight).unflatten(1, (len(self.positions), -1))
+    def logits(self, features: Tensor) -> np.ndarray:
+        """[n_heads, b, n_classes] of raw features [b, n_features]."""
+        if len(self.kept) < self.layout.n_features:
+            values = keep_features(features, self.layout, self.kept, raw=self.raw)
+        else:  # without a copy of the features
+            values = features if self.raw else unit_norm(features, self.layout)
+        outputs = torch.addmm(self.bias, values, self.weight)
+        if self.neighbours:
+            return self.neighbours.logits(outputs.cpu().numpy())[None]
+        return outputs.unflatten(1, (len(self.positions), -1)).transpose(0, 1).cpu().numpy()
 
 
 class HeadBank:
     """Heads of one task on one device; those that keep the same features share selection and product."""
 
     def __init__(self, heads: Sequence[Head], device: str = "cpu") -> None:
-        by_kept: dict[tuple[int, bytes], list[int]] = {}
+        by_kept: dict[Any, list[int]] = {}
         for position, head in enumerate(heads):
-            key = head.hyperparameters.target_size, head.kept.tobytes()
+            alone = position if head.neighbours else None
+            key = head.hyperparameters.target_size, head.kept.tobytes(), head.raw, alone
             by_kept.setdefault(key, []).append(position)
-        self.n_heads, self.n_classes = len(heads), len(heads[0].bias)
+        self.n_heads, self.n_classes = len(heads), heads[0].n_classes
         self.target_sizes = sorted({head.hyperparameters.target_size for head in heads})
         self.groups = [_side_by_side(heads, positions, device) for positions in by_kept.values()]
 
@@ -310,8 +429,7 @@ class HeadBank:
         n_images = next(iter(features.values())).shape[0]
         logits = np.empty((self.n_heads, n_images, self.n_classes), np.float32)
         for group in self.groups:
-            of_group = group.logits(features[group.target_size])
-            logits[group.positions] = of_group.transpose(0, 1).cpu().numpy()
+            logits[group.positions] = group.logits(features[group.target_size])
         return logits
 
 
@@ -321,4 +439,4 @@ def _side_by_side(heads: Sequence[Head], positions: list[int], device: str) -> _
     bias = torch.from_numpy(np.concatenate([head.bias for head in members])).to(device)
     first = members[0]
     size = first.hyperparameters.target_size
-    return _SharedKept(size, first.layout, first.kept, weight, bias, positions)
+    return _SharedKept(size, first.layout, first.kept, weight, bias, positions, first.raw, first.neighbours)

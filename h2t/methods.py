@@ -11,7 +11,7 @@ from itertools import product
 from typing import Literal, Protocol
 
 from h2t.errors import unknown
-from h2t.heads.spec import Regularizer
+from h2t.heads.spec import Normalization, Regularizer
 from h2t.hyperparameters import Hyperparameters
 
 
@@ -19,9 +19,13 @@ from h2t.hyperparameters import Hyperparameters
 class Method:
     """A method: which features its head reads, how they are chosen, and what else is trained.
 
-    ``title`` is the one in tables. ``features`` "kept" are those that the rule ``selection`` of
-    ``h2t.selection.RULES`` keeps; if ``scored``, by the weights of a first training on all features with
-    ``regularizer``. ``coefficients`` names the list of the recipe's grid for the regularizer.
+    ``title`` is the one in tables. ``features`` "kept" are those that score highest by the rule
+    ``selection`` of ``h2t.selection``: if ``scored``, of WEIGHT_RULES, by the weights of a first training on
+    all features with ``regularizer``; else of DATA_RULES, by the training images. ``coefficients`` names the
+    list of the recipe's grid for the regularizer.
+
+    ``normalization`` of the features (Section 3.3). That of each feature is by its mean and variance over the
+    training images.
 
     ``solver``: of ``h2t.heads.solvers.SOLVERS``, for a head that is solved for and not trained; it is tried
     with each of ``solver_coefficients``.
@@ -36,7 +40,8 @@ class Method:
     regularizer: Regularizer | None = None
     selection: str | None = None
     scored: bool = True
-    coefficients: Literal["coefficient", "head2toe_coefficient"] = "coefficient"
+    coefficients: Literal["coefficient", "head2toe_coefficient", "layergroup_coefficient"] = "coefficient"
+    normalization: Normalization = "unit"
     solver: str | None = None
     solver_coefficients: tuple[float, ...] = (0.0,)
     trains_backbone: bool = False
@@ -47,8 +52,11 @@ class Method:
 
 LOGISTIC = tuple(10.0**power for power in range(-5, 7))
 """Penalties of logistic regression: the inverses of 1e-6 to 1e5, which protocols of CLIP and DINO sweep."""
+NEIGHBOURS = (1.0, 5.0, 10.0, 20.0, 50.0)
+"""Numbers of nearest neighbours."""
 
 _kept = partial(Method, features="kept", regularizer="l21", coefficients="head2toe_coefficient")
+_by_data = partial(Method, features="kept", scored=False)
 _finetuned = partial(Method, features="embedding", trains_backbone=True)
 
 METHODS: dict[str, Method] = {
@@ -56,18 +64,31 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("linear", "Linear", "embedding"),
         Method("prototype", "Prototype", "embedding", solver="prototype"),
+        Method("knn", "k-NN", "embedding", solver="knn", solver_coefficients=NEIGHBOURS),
         Method("ridge", "Ridge", "embedding", solver="ridge"),
         Method("logistic", "Logistic", "embedding", solver="logistic", solver_coefficients=LOGISTIC),
         Method("all_prototype", "+All-Prototype", "all", solver="prototype"),
+        Method("all_knn", "+All-k-NN", "all", solver="knn", solver_coefficients=NEIGHBOURS),
         Method("all_ridge", "+All-Ridge", "all", solver="ridge"),
         Method("all_logistic", "+All-Logistic", "all", solver="logistic", solver_coefficients=LOGISTIC),
+        Method("all", "+All", "all"),
         Method("all_l2", "+All-l2", "all", "l2"),
         Method("all_l1", "+All-l1", "all", "l1"),
         Method("all_l21", "+All-l2,1", "all", "l21"),
         _kept("head2toe", "Head2Toe", selection="score"),
         _kept("head2toe_layerwise", "Layer-wise", selection="tap_mean"),
-        _kept("head2toe_layergroup", "Layer-wise (group)", selection="tap_norm", regularizer="layergroup"),
-        Method("random_features", "Random features", "kept", selection="random", scored=False),
+        _kept(
+            "head2toe_layergroup", "Layer-wise (group)", selection="tap_norm", regularizer="layergroup",
+            coefficients="layergroup_coefficient",
+        ),
+        _kept("head2toe_per_feature", "Head2Toe, each normalised", selection="score",
+              normalization="per_feature"),
+        _kept("head2toe_unnormalised", "Head2Toe, not normalised", selection="score", normalization="none"),
+        _by_data("random_features", "Random features", selection="random"),
+        _by_data("variance_features", "By variance", selection="variance"),
+        _by_data("f_test_features", "By F-test", selection="f_test"),
+        _by_data("mutual_information_features", "By mutual information", selection="mutual_information"),
+        _by_data("extra_trees_features", "By extra trees", selection="extra_trees"),
         _finetuned("scratch", "Scratch", pretrained=False),
         _finetuned("finetune", "Fine-tuning"),
         _kept("head2toe_ft", "Head2Toe-FT", selection="score", trains_backbone=True, builds_on="head2toe"),
@@ -92,6 +113,8 @@ class Grid(Protocol):
     def coefficient(self) -> Sequence[float]: ...
     @property
     def head2toe_coefficient(self) -> Sequence[float]: ...
+    @property
+    def layergroup_coefficient(self) -> Sequence[float]: ...
     @property
     def keep_fraction(self) -> Sequence[float]: ...
 

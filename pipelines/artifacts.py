@@ -7,7 +7,7 @@ number of images in a forward pass changes features by float32 rounding at most:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import pandas as pd
@@ -23,7 +23,7 @@ from pipelines.run_directory import RunDirectory
 from pipelines.task_data import Split, TaskData
 
 FEATURES_VERSION = 1  # raise it when a change of the code changes the features
-HEADS_VERSION = 2  # likewise for heads on frozen features: the trainer, the rules that keep features
+HEADS_VERSION = 3  # likewise for heads on frozen features: the trainer, the rules that keep features
 FINETUNING_VERSION = 2  # likewise for trained backbones
 
 PREDICTIONS_VERSION = 2  # likewise for what is kept of predictions
@@ -90,9 +90,15 @@ def heads_key(task: TaskData, split: Split) -> str:
 
 def _point_key(point: Hyperparameters) -> list[Any]:
     """A point with the definition of its method: a change of that makes other heads."""
-    definition = asdict(METHODS[point.method])
-    del definition["title"]
-    return [asdict(point), definition]
+    return [
+        _stated(point),
+        {name: v for name, v in _stated(METHODS[point.method]).items() if name != "title"},
+    ]
+
+
+def _stated(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not at their defaults: a new field changes no key."""
+    return {f.name: v for f in fields(value) if (v := getattr(value, f.name)) != f.default}
 
 
 def _folds_key(task: TaskData) -> list[Any]:

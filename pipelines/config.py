@@ -126,6 +126,8 @@ class TaskConfig(_Section):
 class Grid(_Section):
     """The values the cross-validation tries (Appendix A).
 
+    ``layergroup_coefficient`` has 1 beside Head2Toe's: the official code forgets the factor of that penalty.
+
     The appendix lists ``keep_fraction`` up to 0.1; four rows of its Table 2 have 0.2, as the official command
     line does.
     """
@@ -135,6 +137,7 @@ class Grid(_Section):
     steps: Values[Count] = [500, 5000]
     coefficient: Values[Positive] = [0.001, 0.0001, 0.00001]
     head2toe_coefficient: Values[Positive] = [0.001, 0.00001]
+    layergroup_coefficient: Values[Positive] = [1.0, 0.001, 0.00001]
     keep_fraction: Values[Fraction] = [
         0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2,
     ]  # fmt: skip

@@ -6,7 +6,7 @@ TEXT, INTEGER, NUMBER = pa.string(), pa.int64(), pa.float64()
 _TASK = [("backbone", TEXT), ("task", TEXT), ("group", TEXT)]
 _POINT = [
     ("method", TEXT), ("target_size", INTEGER), ("learning_rate", NUMBER), ("steps", INTEGER),
-    ("coefficient", NUMBER), ("keep_fraction", NUMBER),
+    ("coefficient", NUMBER), ("keep_fraction", NUMBER), ("offset", INTEGER),
 ]  # fmt: skip
 POINT = [name for name, _ in _POINT]
 """The columns that are the fields of ``Hyperparameters``."""

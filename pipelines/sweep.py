@@ -162,14 +162,14 @@ class ValidationSet:
 
     def __init__(self, values: np.ndarray, labels: np.ndarray) -> None:
         self.values, self.labels = values, labels
-        self.kept: np.ndarray | None = None
+        self.kept: tuple[bool, bytes] | None = None
 
     def score(self, head: Head) -> dict[str, Any]:
         """Accuracy (a fraction of 1), loss (nats) and number of kept features of a head."""
-        if self.kept is None or not np.array_equal(head.kept, self.kept):
-            self.kept = head.kept
-            self.kept_values = keep_features(self.values, head.layout, head.kept)
-        logits = self.kept_values @ head.weight + head.bias
+        if self.kept != (kept := (head.raw, head.kept.tobytes())):
+            self.kept = kept
+            self.kept_values = keep_features(self.values, head.layout, head.kept, raw=head.raw)
+        logits = head.logits(self.kept_values)
         return {
             "validation_accuracy": accuracy(self.labels, logits.argmax(1)),
             "validation_loss": cross_entropy(logits, self.labels),

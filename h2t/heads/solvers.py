@@ -1,4 +1,4 @@
-"""Linear heads that are solved for and not trained step by step: the baselines that readers will ask for.
+"""Heads that are solved for and not trained step by step: the baselines that readers will ask for.
 
 All are invariant under rotations of the features. So with more features than rows, which always lie in a
 space of as many dimensions as there are rows, they are solved there, exactly, and cost seconds.
@@ -6,13 +6,25 @@ space of as many dimensions as there are rows, they are solved there, exactly, a
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from h2t.heads.neighbours import Neighbours
+
 ABSENT = -100.0  # the bias of a class without training rows, which is then never predicted
 
-Solution = tuple[np.ndarray, np.ndarray]
-"""Weights float32 [n_features, n_classes] and biases float32 [n_classes]."""
+
+class Solution(NamedTuple):
+    """Weights float32 [n_features, n_classes] and biases float32 [n_classes].
+
+    Of ``neighbours`` there are as many columns as training rows in place of the classes.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    neighbours: Neighbours | None = None
+
 
 Solver = Callable[[np.ndarray, np.ndarray, int, Sequence[float]], Iterator[Solution]]
 """From features float32 [n, n_features], labels integer [n], the number of classes and coefficients to a
@@ -31,7 +43,7 @@ def prototypes(
         weight[:, label] = features[labels == label].mean(0)
         bias[label] = -np.square(weight[:, label]).sum() / 2
     for _ in coefficients:
-        yield weight, bias
+        yield Solution(weight, bias)
 
 
 def ridge(
@@ -77,7 +89,27 @@ def logistic(
         yield _solution(axes, weights, biases, present)
 
 
-SOLVERS: dict[str, Solver] = {"prototype": prototypes, "ridge": ridge, "logistic": logistic}
+def nearest_neighbours(
+    features: np.ndarray, labels: np.ndarray, n_classes: int, coefficients: Sequence[float]
+) -> Iterator[Solution]:
+    """Votes of the training rows of the largest cosine; a coefficient is their number k (at least 1).
+
+    Rows have unit norm per tap, so that one factor makes cosines of the products.
+    """
+    norms = np.linalg.norm(features, axis=1)
+    scale = norms * norms.max(initial=0.0)
+    weight = np.ascontiguousarray((features / np.where(scale > 0, scale, 1.0)[:, None]).T, np.float32)
+    bias = np.zeros(len(labels), np.float32)
+    for k in coefficients:
+        yield Solution(weight, bias, Neighbours(max(int(k), 1), labels.astype(np.int64), n_classes))
+
+
+SOLVERS: dict[str, Solver] = {
+    "prototype": prototypes,
+    "ridge": ridge,
+    "logistic": logistic,
+    "knn": nearest_neighbours,
+}
 
 
 def _rotated(features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -101,4 +133,4 @@ def _solution(
     """In the original space, from weights [n_classes, rank]."""
     weight = weights if axes is None else weights @ axes
     biases = np.where(present, biases, ABSENT)
-    return np.ascontiguousarray(weight.T, np.float32), biases.astype(np.float32)
+    return Solution(np.ascontiguousarray(weight.T, np.float32), biases.astype(np.float32))

@@ -5,6 +5,8 @@ from typing import Literal
 
 Regularizer = Literal["l1", "l2", "l21", "layergroup"]
 Precision = Literal["float32", "tf32", "bfloat16"]
+Normalization = Literal["unit", "per_feature", "none"]
+"""Of features: unit norm per example and tap (the paper's); zero mean and unit variance of each; none."""
 
 
 @dataclass(frozen=True)

@@ -254,3 +254,19 @@ def test_images_of_every_kind(tmp_path: Path, backbone, images, head, encode) ->
             adapter.predict([pixels, wrong])
     with pytest.raises(BadImage, match="the given bytes: not an image"):
         adapter.predict([b"hello"])
+
+
+@pytest.mark.parametrize("method", ["knn", "all_knn", "head2toe_per_feature", "head2toe_unnormalised"])
+def test_heads_of_every_kind_come_back_as_they_were(backbone, images, method: str) -> None:
+    features = extract_features(backbone, images, TARGET)
+    point = Hyperparameters(method, TARGET, 0.1, 20, 3.0, 0.1)
+    layout, labels = feature_layout(backbone, TARGET), np.arange(len(images)) % 2
+    (head,) = fit(features, labels, layout, [point], n_classes=2, embedding="pre_logits")
+    file = io.BytesIO()
+    save_head(head, file, provenance={}, classes=["red", "blue"])
+    loaded, _ = load_head(file.getvalue())
+    np.testing.assert_array_equal(logits(loaded, features), logits(head, features))
+    assert loaded.n_classes == 2
+    assert (
+        Adapter(backbone, loaded, classes=["red", "blue"]).predict(images).labels[:2] == ["red", "blue"]
+    ).all()

@@ -14,7 +14,7 @@ import torch
 from h2t import head2toe
 from h2t.errors import UserError
 from h2t.features import FeatureLayout, keep_features, unit_norm
-from h2t.head2toe import Head, HeadBank, fit, logits
+from h2t.head2toe import Head, HeadBank, columns_of, fit, logits
 from h2t.heads.blocks import HeadGroup, HeadStack
 from h2t.heads.solvers import SOLVERS
 from h2t.heads.spec import HeadSpec
@@ -22,7 +22,7 @@ from h2t.heads.trainer import Batches, HeadTrainer
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS, Method, find_method, search_space
 from h2t.metrics import cross_entropy
-from h2t.selection import RULES, keep_top, relevance_scores
+from h2t.selection import DATA_RULES, WEIGHT_RULES, keep_top, relevance_scores
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 ARRAYS = np.load(GOLDENS / "traj.npz")
@@ -37,6 +37,7 @@ class Values:
     steps: list[int] = field(default_factory=lambda: [20, 30])
     coefficient: list[float] = field(default_factory=lambda: [1e-3, 1e-4, 1e-5])
     head2toe_coefficient: list[float] = field(default_factory=lambda: [1e-3, 1e-5])
+    layergroup_coefficient: list[float] = field(default_factory=lambda: [1.0, 1e-3])
     keep_fraction: list[float] = field(default_factory=lambda: [0.02, 0.1, 1.0])
 
 
@@ -61,7 +62,8 @@ def test_search_spaces_leave_out_what_a_method_does_not_use(method: Method) -> N
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
 def test_methods_are_consistent(method: Method) -> None:
-    assert (method.features == "kept") == (method.selection in RULES)
+    rules = WEIGHT_RULES if method.scored else DATA_RULES
+    assert (method.features == "kept") == (method.selection in rules)
     assert method.solver is None or (method.solver in SOLVERS and not method.trains_backbone)
     assert method.scored or method.features == "kept"
     others = {*method.best_of, *([method.builds_on] if method.builds_on else [])}
@@ -138,7 +140,8 @@ def test_a_call_gives_every_point_and_seed_once() -> None:
     for (point, _), head in heads.items():
         on_embedding = METHODS[point.method].features == "embedding"
         expected = 40 if on_embedding else int(200 * point.keep_fraction)
-        assert head.weight.shape == (expected, 4)
+        assert head.weight.shape == (expected, 150 if head.neighbours else 4)
+        assert head.n_classes == 4
         assert len(head.kept) == expected
         assert head.weight.flags.c_contiguous
         assert cross_entropy(logits(head, features), labels) == pytest.approx(head.train_loss, abs=1e-4)
@@ -194,13 +197,16 @@ def test_rows_choose_and_order_the_training_examples() -> None:
         np.testing.assert_array_equal(ours.weight, theirs.weight)
 
 
-@pytest.mark.parametrize("method", [name for name in FROZEN if METHODS[name].regularizer == "l21"])
+SHARING = [name for name in FROZEN if METHODS[name].regularizer == "l21"]
+
+
+@pytest.mark.parametrize("method", [name for name in SHARING if METHODS[name].normalization == "unit"])
 def test_features_are_kept_by_the_shared_scoring_phase(method: str) -> None:
     scoring = Hyperparameters("all_l21", 512, 0.01, 30, 1e-3)
     final = Hyperparameters(method, 512, 0.01, 30, 1e-3, 0.1)
     heads = fitted([scoring, final])
-    rule = METHODS[method].selection
-    expected = RULES[rule](heads[scoring, 0].weight, LAYOUT, 0.1, 0) if rule else np.arange(200)
+    rule, scores = METHODS[method].selection, heads[scoring, 0].weight
+    expected = keep_top(WEIGHT_RULES[rule](scores, LAYOUT), 0.1) if rule else np.arange(200)
     np.testing.assert_array_equal(heads[final, 0].kept, expected)
 
 
@@ -277,3 +283,61 @@ def test_a_bank_predicts_what_its_heads_predict_alone() -> None:
     assert len(bank.groups) == 3
     assert bank.target_sizes == [8, 16]
     np.testing.assert_allclose(predicted, np.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["head2toe", "head2toe_per_feature", "head2toe_unnormalised"])
+@pytest.mark.parametrize("fraction", [0.1, 1.0])
+def test_a_bank_normalises_as_its_heads_do(method: str, fraction: float) -> None:
+    features, labels = example()
+    point = Hyperparameters(method, 512, 0.01, 20, 1e-3, fraction)
+    (head,) = fit(features, labels, LAYOUT, [point], n_classes=4, embedding="pre_logits")
+    predicted = HeadBank([head]).logits({512: torch.from_numpy(features)})[0]
+    np.testing.assert_allclose(predicted, logits(head, features), atol=1e-3)
+
+
+def test_normalising_each_feature_makes_their_scale_and_mean_irrelevant() -> None:
+    features, labels = example()
+    point = Hyperparameters("head2toe_per_feature", 512, 0.01, 20, 1e-3, 0.2)
+    moved = features * 8 + 2
+    heads = [
+        next(fit(values, labels, LAYOUT, [point], n_classes=4, embedding="pre_logits"))
+        for values in (features, moved)
+    ]
+    np.testing.assert_array_equal(heads[0].kept, heads[1].kept)
+    np.testing.assert_allclose(logits(heads[0], features), logits(heads[1], moved), atol=0.05)
+
+
+def test_training_on_some_taps_is_training_on_their_columns() -> None:
+    features, labels = example()
+    point = Hyperparameters("head2toe", 512, 0.01, 20, 1e-3, 0.2)
+    options = {"n_classes": 4, "embedding": "pre_logits"}
+    first, _, last = LAYOUT.taps
+    (head,) = fit(features, labels, LAYOUT, [point], taps=[last, first], **options)  # type: ignore[arg-type]
+    columns = columns_of(LAYOUT, [first, last])
+    part = FeatureLayout((first, last), (LAYOUT.widths[0], LAYOUT.widths[2]))
+    (alone,) = fit(features[:, columns], labels, part, [point], **options)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(head.kept, columns[alone.kept])
+    np.testing.assert_array_equal(head.weight, alone.weight)
+    np.testing.assert_array_equal(logits(head, features), logits(alone, features[:, columns]))
+    with pytest.raises(UserError, match="unknown tap 'stem'"):
+        fit(features, labels, LAYOUT, [point], taps=["stem"], **options)  # type: ignore[arg-type]
+
+
+def test_heads_on_given_features_are_those_whose_rule_keeps_them() -> None:
+    point = Hyperparameters("head2toe", 512, 0.01, 20, 1e-3, 0.1)
+    own = fitted([point], seeds=(0, 3))
+    kept = {seed: own[point, seed].kept for seed in (0, 3)}
+    for (_, seed), head in fitted([point], kept=kept).items():
+        np.testing.assert_array_equal(head.weight, own[point, seed].weight)
+    swapped = fitted([point], kept={0: kept[3]})
+    np.testing.assert_array_equal(swapped[point, 0].kept, kept[3])
+
+
+def test_an_offset_takes_the_features_behind_the_best() -> None:
+    first = Hyperparameters("head2toe", 512, 0.01, 20, 1e-3, 0.1)
+    heads = fitted([first, replace(first, offset=20), replace(first, keep_fraction=0.2)])
+    best, behind, both = (head.kept for head in heads.values())
+    np.testing.assert_array_equal(np.union1d(best, behind), both)
+    assert not len(np.intersect1d(best, behind))
+    with pytest.raises(UserError, match="reach beyond the 200 features"):
+        fitted([replace(first, offset=181)])

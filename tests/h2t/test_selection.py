@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import f_oneway
 
 from h2t.errors import UserError
 from h2t.features import FeatureLayout
-from h2t.selection import RULES, keep_top, relevance_scores
+from h2t.selection import DATA_RULES, WEIGHT_RULES, keep_top, relevance_scores
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 NOTES = json.loads((GOLDENS / "misc.json").read_text())
@@ -46,20 +47,60 @@ def test_kept_scores_are_at_least_those_left(scores: list[float], fraction: floa
     assert not len(kept) or not len(left) or values[kept].min() >= left.max()
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.97, 1.0])
-def test_every_rule_keeps_the_same_number_in_ascending_order(rule: str, fraction: float) -> None:
-    kept = RULES[rule](WEIGHT, LAYOUT, fraction, 0)
-    assert kept.dtype == np.int64
-    assert len(kept) == int(LAYOUT.n_features * fraction)
-    assert (np.diff(kept) > 0).all()
-    np.testing.assert_array_equal(kept, RULES[rule](torch.from_numpy(WEIGHT), LAYOUT, fraction, 0))
+@given(st.integers(1, 60), st.floats(0.01, 1), st.integers(0, 60))
+def test_an_offset_leaves_the_highest_scores_out(n_features: int, fraction: float, offset: int) -> None:
+    scores, n_kept = np.random.default_rng(n_features).random(n_features), int(n_features * fraction)
+    if offset + n_kept > n_features:
+        with pytest.raises(UserError, match=f"offset of 0 to {n_features - n_kept}"):
+            keep_top(scores, fraction, offset)
+    else:
+        ranking = np.argsort(-scores)
+        kept = keep_top(scores, fraction, offset)
+        np.testing.assert_array_equal(kept, np.sort(ranking[offset : offset + n_kept]))
+
+
+@pytest.mark.parametrize("rule", WEIGHT_RULES)
+def test_rules_by_weights_score_every_feature(rule: str) -> None:
+    scores = WEIGHT_RULES[rule](WEIGHT, LAYOUT)
+    assert scores.shape == (LAYOUT.n_features,)
+    np.testing.assert_array_equal(scores, WEIGHT_RULES[rule](torch.from_numpy(WEIGHT), LAYOUT))
+
+
+def inputs_with_a_signal() -> tuple[np.ndarray, np.ndarray]:
+    """Feature 3 says the class and varies the most; feature 5 is constant; the others are noise."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    inputs = generator.normal(size=(90, 12)).astype(np.float32)
+    inputs[:, 3] += 4 * labels
+    inputs[:, 5] = 0.25
+    return inputs, labels
+
+
+@pytest.mark.parametrize("rule", DATA_RULES)
+def test_rules_by_the_training_images_find_the_feature_that_says_the_class(rule: str) -> None:
+    inputs, labels = inputs_with_a_signal()
+    before = inputs.copy()
+    scores = DATA_RULES[rule](inputs, labels, 0)
+    assert scores.shape == (12,)
+    assert np.isfinite(scores).all()
+    if rule != "random":
+        assert scores.argmax() == 3
+        assert scores[5] == scores.min()
+    np.testing.assert_array_equal(scores, DATA_RULES[rule](inputs, labels, 0))
+    np.testing.assert_array_equal(inputs, before)
+
+
+def test_the_f_test_is_that_of_scipy() -> None:
+    inputs, labels = inputs_with_a_signal()
+    expected = f_oneway(*(inputs[labels == label, 0] for label in range(3))).statistic
+    np.testing.assert_allclose(DATA_RULES["f_test"](inputs, labels, 0)[0], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rule", ["tap_mean", "tap_norm"])
 @pytest.mark.parametrize("n_kept", range(1, LAYOUT.n_features + 1))
 def test_rules_by_tap_keep_whole_taps_but_for_the_last(rule: str, n_kept: int) -> None:
-    kept = RULES[rule](WEIGHT, LAYOUT, (n_kept + 0.5) / LAYOUT.n_features if n_kept < 23 else 1.0, 0)
+    fraction = (n_kept + 0.5) / LAYOUT.n_features if n_kept < 23 else 1.0
+    kept = keep_top(WEIGHT_RULES[rule](WEIGHT, LAYOUT), fraction)
     counts = LAYOUT.of_kept(kept).widths
     cut = [tap for tap, count in enumerate(counts) if 0 < count < LAYOUT.widths[tap]]
     assert len(cut) <= 1
@@ -72,26 +113,25 @@ def test_taps_are_ranked_by_their_mean_or_by_their_norm() -> None:
     """One large row has the larger mean; many small ones in a wide tap have the larger norm."""
     layout = FeatureLayout(("narrow", "wide"), (1, 9))
     weight = np.array([[2.0]] + [[1.0]] * 9, np.float32)
-    assert RULES["tap_mean"](weight, layout, 0.1, 0).tolist() == [0]
-    assert RULES["tap_norm"](weight, layout, 0.1, 0).tolist() == [1]
+    assert keep_top(WEIGHT_RULES["tap_mean"](weight, layout), 0.1).tolist() == [0]
+    assert keep_top(WEIGHT_RULES["tap_norm"](weight, layout), 0.1).tolist() == [1]
 
 
 @pytest.mark.parametrize("fraction", ["0.01", "0.05", "0.2"])
 def test_layer_wise_keeps_what_the_official_code_keeps(fraction: str) -> None:
     widths = TRAJECTORIES["layer_sizes"].tolist()
     layout = FeatureLayout(tuple(map(str, range(len(widths)))), tuple(widths))
-    kept = RULES["tap_mean"](TRAJECTORIES["gl_1e-3_lr0.01/W_200"], layout, float(fraction), 0)
+    scores = WEIGHT_RULES["tap_mean"](TRAJECTORIES["gl_1e-3_lr0.01/W_200"], layout)
+    kept = keep_top(scores, float(fraction))
     official = LAYERS[f"gl_1e-3_lr0.01/kept_connectivity_l2layer_F{fraction}"]
     np.testing.assert_array_equal(kept, np.sort(official))
 
 
 def test_random_features_depend_on_the_seed_alone() -> None:
-    rule = RULES["random"]
-    kept = rule(WEIGHT, LAYOUT, 0.5, 7)
-    np.testing.assert_array_equal(kept, rule(None, LAYOUT, 0.5, 7))
-    np.testing.assert_array_equal(kept, rule(-3 * WEIGHT, LAYOUT, 0.5, 7))
-    assert not np.array_equal(kept, rule(WEIGHT, LAYOUT, 0.5, 8))
-    assert set(rule(None, LAYOUT, 0.2, 7)) < set(kept)
+    rule, (inputs, labels) = DATA_RULES["random"], inputs_with_a_signal()
+    scores = rule(inputs, labels, 7)
+    np.testing.assert_array_equal(scores, rule(-3 * inputs, labels[::-1], 7))
+    assert not np.array_equal(scores, rule(inputs, labels, 8))
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])

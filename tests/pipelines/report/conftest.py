@@ -66,7 +66,7 @@ def _result(
         "log_loss": 2 - 2 * correct / n, "brier": 1 - correct / n, "calibration_error": 0.05,
         "n_test": n, "n_correct": correct, "n_train": 1000,
         "n_features": 28296, "n_kept": 1414, "n_classes": task.n_classes, "target_size": 512,
-        "learning_rate": 0.01, "steps": 500, "coefficient": 1e-5, "keep_fraction": 0.05,
+        "learning_rate": 0.01, "steps": 500, "coefficient": 1e-5, "keep_fraction": 0.05, "offset": 0,
         "validation_accuracy": correct / n, "train_loss": 0.1, "diverged_at": 0,
         "peak_memory_bytes": 300_000_000,
         "processor": "one", "threads": 1, "train_seconds": (400 if long else 2) * random.uniform(0.9, 1.1),
