@@ -78,6 +78,16 @@ def corrected(percent: float, n_test: int) -> float:
     return percent * metrics.padded_size(n_test) / n_test
 
 
+def variant_means(table: str) -> dict[str, dict[str, float]]:
+    """ "figure4" (right), "table6" or "table7": variant -> "all" or group -> mean accuracy in percent.
+
+    Variants go by this package's names. Figure 4 and Table 6 are with ResNet-50, Table 7 with ViT-B/16.
+    """
+    columns = published()["group_means_columns"]
+    rows = published()[table].items()
+    return {variant: dict(zip(columns, values, strict=True)) for variant, values in rows}
+
+
 def _row(table: str, backbone: str, method: str) -> dict[str, float]:
     row = published()[table].get(backbone, {}).get(method)
     return dict(zip(task_titles(), row["values"], strict=True)) if row else {}

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import rel_entr
+from scipy.stats import rankdata
 from torch import Tensor
 
 from h2t.errors import UserError
@@ -96,13 +98,16 @@ BINS = 10
 def mutual_informations(inputs: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
     """Score features by their mutual information with the class, in nats, [n_features].
 
-    Each feature is cut into BINS quantiles first: estimates by nearest neighbours would take minutes.
+    Each feature is cut into BINS quantiles first: estimates by nearest neighbours would take minutes. Equal
+    to scikit-learn's ``mutual_info_classif`` of the bins, which counts feature by feature: 20 times as slow.
     """
-    from sklearn.feature_selection import mutual_info_classif
-
-    ranks = inputs.argsort(axis=0, kind="stable").argsort(axis=0, kind="stable")
-    bins = (ranks * BINS // len(inputs)).astype(np.int32)
-    return mutual_info_classif(bins, labels, discrete_features=True)
+    ranks = rankdata(inputs, method="min", axis=0).astype(int) - 1  # equal values, often 0, share a bin
+    bins = ranks * BINS // len(inputs)
+    is_class = (labels[:, None] == np.unique(labels)).astype(np.float32)
+    joint = np.stack([(bins == number).T.astype(np.float32) @ is_class for number in range(BINS)])
+    shares = joint.astype(np.float64) / len(inputs)  # [BINS, n_features, n_classes]
+    expected = shares.sum(axis=2, keepdims=True) * shares.sum(axis=0, keepdims=True)
+    return np.sum(rel_entr(shares, expected), axis=(0, 2))
 
 
 def tree_importances(inputs: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:

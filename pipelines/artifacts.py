@@ -20,7 +20,9 @@ from h2t.methods import METHODS
 from pipelines.config import Config, fingerprint
 from pipelines.products import Files, KeyedFiles, RowFiles, Shard, Trial, TrialFiles
 from pipelines.run_directory import RunDirectory
+from pipelines.scope import EVERYTHING, Scope
 from pipelines.task_data import Split, TaskData
+from pipelines.variants import Variant
 
 FEATURES_VERSION = 1  # raise it when a change of the code changes the features
 HEADS_VERSION = 3  # likewise for heads on frozen features: the trainer, the rules that keep features
@@ -28,6 +30,8 @@ FINETUNING_VERSION = 2  # likewise for trained backbones
 
 PREDICTIONS_VERSION = 2  # likewise for what is kept of predictions
 KEPT_VERSION = 2  # likewise for what is told of kept features
+THUMBNAILS_VERSION = 1  # likewise for the images that the report shows
+STUDY_VERSION = 1  # likewise for the result rows of studies
 
 Kind = Literal["frozen", "finetuned"]
 """Whether the backbone stays as it is or is trained."""
@@ -157,15 +161,34 @@ def _trials_key(task: TaskData) -> str:
 
 def trials(task: TaskData) -> TrialFiles:
     """The cross-validation of the methods on frozen features, ordered by target size and fold."""
-    points, context = _frozen_points(task.config), _trials_key(task)
-    members = [
-        Trial(task.name, fold, point, fingerprint(context, fold, _point_key(point)))
+    folder, members = _trials_folder(task), _trials(task, _trials_folder(task), _frozen_points(task.config))
+    return TrialFiles(folder, _trials_key(task), members)
+
+
+def _trials_folder(task: TaskData) -> str:
+    return _folder(task, "trials", task.name, "frozen")
+
+
+def _trials(
+    task: TaskData, folder: str, points: Sequence[Hyperparameters], scope: Scope = EVERYTHING
+) -> tuple[Trial, ...]:
+    """The trials of points on all folds, ordered by target size and fold."""
+    context, part = _trials_key(task), [] if scope == EVERYTHING else [_stated(scope)]
+    return tuple(
+        Trial(
+            task.name,
+            fold,
+            point,
+            fingerprint(context, fold, _point_key(point), *part),
+            folder,
+            context,
+            scope,
+        )
         for size in sorted({point.target_size for point in points})
-        for fold in range(task.config.cross_validation.n_folds)
+        for fold in range(task.n_folds(scope.shots))
         for point in points
         if point.target_size == size
-    ]
-    return TrialFiles(_folder(task, "trials", task.name, "frozen"), context, tuple(members))
+    )
 
 
 def chosen(task: TaskData, kind: Kind, keys: Sequence[Any]) -> Files:
@@ -182,20 +205,38 @@ def chosen_from_trials(task: TaskData) -> Files:
     return chosen(task, "frozen", [_trials_key(task), points])
 
 
-def head_file(task: TaskData, point: Hyperparameters, seed: int) -> str:
-    """The head with those hyperparameters, trained on all training images."""
-    key = fingerprint(heads_key(task, "train"), _point_key(point), seed)
-    return f"{_folder(task, 'heads', task.name, 'frozen')}/{point.method}-seed-{seed}-{key}.safetensors"
+def head_file(
+    task: TaskData,
+    point: Hyperparameters,
+    seed: int,
+    scope: Scope = EVERYTHING,
+    kept: str = "",
+    folder: str | None = None,
+) -> str:
+    """The head with those hyperparameters, trained on all training images, or on a part of what there is.
+
+    ``kept``: the file of the head whose kept features it is trained on; ``folder``: that of a study.
+    """
+    part = [] if scope == EVERYTHING else [_stated(scope), _base(kept)]
+    key = fingerprint(heads_key(task, "train"), _point_key(point), seed, *part)
+    folder = _folder(task, "heads", task.name, "frozen") if folder is None else folder
+    return f"{folder}/{point.method}-seed-{seed}-{key}.safetensors"
+
+
+def _base(file: str) -> str:
+    return file.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class HeadToTrain:
-    """A final head and its file."""
+    """A final head and its file; ``kept``: that of the head whose kept features it is trained on."""
 
     task: str
     point: Hyperparameters
     seed: int
     file: str
+    scope: Scope = EVERYTHING
+    kept: str = ""
 
 
 def heads(task: TaskData, points: Sequence[Hyperparameters]) -> Files:
@@ -290,6 +331,79 @@ def kept(task: TaskData, models: Iterable[str]) -> Files:
     """How many features of each tap the heads keep, and which."""
     folder = _folder(task, "kept", task.name, "frozen")
     return Files(folder, {f"{folder}/kept-{fingerprint(KEPT_VERSION, list(models))}.parquet": task.name})
+
+
+# The products of the studies, which lie apart: they come and go without a change of the recipe.
+
+
+def _study_folder(task: TaskData, kind: str, study: str) -> str:
+    return f"studies/{kind}/{backbone_folder(task.config)}/{task.name}/{study}"
+
+
+def _variant_key(variant: Variant) -> list[Any]:
+    points = [_point_key(point) for point in variant.points]
+    return [variant.name, points, _stated(variant.scope), variant.series, variant.x, variant.reference]
+
+
+def study_trials(task: TaskData, study: str, variants: Sequence[Variant]) -> TrialFiles:
+    """The cross-validation of the variants that leave a choice; what the sweep has done is not done again."""
+    folder = _study_folder(task, "trials", study)
+    members = [trial for variant in variants for trial in _variant_trials(task, folder, variant)]
+    distinct = {trial.key: trial for trial in members}
+    return TrialFiles(folder, _trials_key(task), tuple(distinct.values()), _trials_folder(task))
+
+
+def _variant_trials(task: TaskData, folder: str, variant: Variant) -> tuple[Trial, ...]:
+    return _trials(task, folder, variant.points, variant.scope) if len(variant.points) > 1 else ()
+
+
+def trials_of_variant(task: TaskData, variant: Variant) -> list[str]:
+    """The keys of the trials that choose for a variant; none where there is nothing to choose."""
+    return [trial.key for trial in _variant_trials(task, "", variant)]
+
+
+def study_chosen(task: TaskData, study: str, variants: Sequence[Variant]) -> Files:
+    """The hyperparameters that cross-validation chose for every variant."""
+    key = fingerprint(_trials_key(task), [_variant_key(variant) for variant in variants])
+    return Files(_study_folder(task, "chosen", study), {
+        f"{_study_folder(task, 'chosen', study)}/chosen-{key}.parquet": (study, task.name)
+    })  # fmt: skip
+
+
+def study_head(
+    task: TaskData, study: str, variant: Variant, point: Hyperparameters, seed: int, kept: str = ""
+) -> HeadToTrain:
+    """The head of a variant and a seed."""
+    file = head_file(task, point, seed, variant.scope, kept, _study_folder(task, "heads", study))
+    return HeadToTrain(task.name, point, seed, file, variant.scope, kept)
+
+
+def study_heads(task: TaskData, study: str, jobs: Iterable[HeadToTrain]) -> Files:
+    """The heads of a study, but for those that lie elsewhere because another stage has trained them."""
+    folder = _study_folder(task, "heads", study)
+    return Files(folder, {job.file: job for job in jobs if job.file.startswith(f"{folder}/")})
+
+
+def study_predictions(task: TaskData, study: str, jobs: Iterable[HeadToTrain], names: Any) -> RowFiles:
+    """What the heads of a study predict for the test images; ``names``: of their variants."""
+    heads = [_base(job.file) for job in jobs]
+    key = fingerprint(PREDICTIONS_VERSION, heads, names, features_key(task, "test"))
+    folder, n_rows = _study_folder(task, "predictions", study), len(task.labels["test"])
+    return RowFiles(folder, key, task.name, "test", n_rows, study, "study")
+
+
+def study_results(task: TaskData, study: str, variants: Sequence[Variant], predicted: str) -> Files:
+    """Result rows of a study, which follow from predictions of that key."""
+    key = fingerprint(STUDY_VERSION, [_variant_key(variant) for variant in variants], predicted)
+    folder = _study_folder(task, "results", study)
+    return Files(folder, {f"{folder}/results-{key}.parquet": (study, task.name)})
+
+
+def thumbnails(task: TaskData, predicted: str) -> Files:
+    """Small images of a task; which, follows from predictions of that key."""
+    folder = _folder(task, "thumbnails", task.name)
+    key = fingerprint(THUMBNAILS_VERSION, task.image_identity("train"), predicted)
+    return Files(folder, {f"{folder}/thumbnails-{key}.parquet": task.name})
 
 
 def required(run: RunDirectory, name: str, stage: str) -> str:

@@ -16,6 +16,7 @@ from rich.table import Table
 from h2t.errors import UserError, unknown
 from pipelines.config import Config
 from pipelines.recipe import load_config
+from pipelines.studies import checked_name
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,7 +48,7 @@ def read_recipe(recipe: str, overrides: Sequence[str] | None) -> Config:
     return load_config(recipe, overrides or ())
 
 
-STAGES = ["extract", "sweep", "evaluate", "finetune"]
+STAGES = ["extract", "sweep", "evaluate", "finetune", "study"]
 
 
 def _run(config: Config, run_dir: str | None, stages: list[str], address: str | None, tables: bool) -> None:
@@ -77,14 +78,18 @@ def demo(
         bool, typer.Option("--finetune", help="Fine-tuning and training from scratch too.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Two tasks, two folds, one seed.")] = False,
+    studies: Annotated[
+        bool, typer.Option("--studies", help="The paper's studies of Head2Toe too: ten minutes more.")
+    ] = False,
     run_dir: RunDir = None,
     set_: Set = None,
     address: Address = None,
 ) -> None:
     """Run the whole pipeline on small tasks, offline, with real ImageNet weights."""
-    from pipelines.demo import QUICK, available_tasks
+    from pipelines.demo import QUICK, STUDIES, available_tasks
 
-    overrides = [*(QUICK if quick else ()), *(set_ or ())]
+    added = [f"studies=[{', '.join(STUDIES)}]"] if studies else []
+    overrides = [*(QUICK if quick else ()), *added, *(set_ or ())]
     config = available_tasks(read_recipe("demo-finetune" if finetune else "demo", overrides), console)
     _run(config, run_dir, STAGES, address, tables=True)
 
@@ -106,6 +111,19 @@ _stage("extract", "Only the features of the training images.")
 _stage("sweep", "Only the cross-validation (needs the features).")
 _stage("evaluate", "Only the final heads and test predictions (needs the sweep).")
 _stage("finetune", "Only the methods that train the backbone (need the frozen heads).")
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="A study that needs training; an unknown name lists them.")],
+    recipe: Recipe,
+    run_dir: RunDir = None,
+    set_: Set = None,
+    address: Address = None,
+) -> None:
+    """Run a study of the paper on a recipe: what the recipe's own run lacks, the study, and the report."""
+    config = read_recipe(recipe, [*(set_ or ()), f"studies=[{checked_name(name)}]"])
+    _run(config, run_dir, ["extract", "sweep", "evaluate", "study"], address, tables=True)
 
 
 @app.command("report")

@@ -25,6 +25,7 @@ from h2t.hyperparameters import Hyperparameters
 from h2t.images.formats import check_format, find_format
 from h2t.methods import METHODS, find_method, search_space
 from h2t.tasks import DEMO, Group, Task, demo_task, find_task
+from pipelines.studies import checked_name, find_study
 
 if TYPE_CHECKING:
     from h2t.finetuning import FinetuneOptions
@@ -60,6 +61,7 @@ def _absolute(path: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(_folder_name)]
+StudyName = Annotated[str, AfterValidator(checked_name)]
 MethodName = Annotated[str, AfterValidator(lambda name: find_method(name).name)]
 
 
@@ -233,6 +235,7 @@ class Config(_Section):
     finetune: FinetuneConfig = FinetuneConfig()
     seed: Seed = 0
     seeds: Values[Seed] = [0, 1, 2]
+    studies: Annotated[list[StudyName], AfterValidator(_distinct)] = []
     batch_size: Count = 128
     head_precision: Precision = "float32"
     deterministic: Literal["machine", "strict"] = "machine"
@@ -281,6 +284,10 @@ class Config(_Section):
                 f"finetune.folds: expected at most cross_validation.n_folds "
                 f"({self.cross_validation.n_folds}), got {self.finetune.folds}"
             )
+        for name in self.studies:
+            missing = [method for method in find_study(name).needs if method not in self.methods]
+            if missing:
+                raise ValueError(f"studies: {name} builds on {missing[0]}; expected it among methods")
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,11 @@ from pipelines.task_data import open_task
 QUICK = ("name=demo-quick", "tasks=[mnist, dsprites_loc]", "cross_validation.n_folds=2", "seeds=[0]")
 """What ``h2t demo --quick`` sets."""
 
+STUDIES = (
+    "single-tap", "taps-or-features", "relevance-offset", "transfer-selection", "scaling", "normalisation",
+)  # fmt: skip
+"""What ``h2t demo --studies`` adds: those that fit into ten minutes on two cores."""
+
 
 def available_tasks(config: Config, console: Console) -> Config:
     """The recipe without the tasks whose images are not installed; says which, and names licences."""

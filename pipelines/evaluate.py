@@ -4,45 +4,33 @@ The test split is read here alone, once: image → backbone → features → log
 method and seed → predictions. Test features are never stored.
 """
 
-import json
-import resource
-import time
 from collections.abc import Sequence
-from functools import partial
-from itertools import groupby
 
 import numpy as np
-import ray
-import torch
+import pyarrow as pa
 
-from h2t.adapter import load_head, save_head
-from h2t.head2toe import HeadBank
+from h2t.adapter import load_head
 from pipelines.artifacts import (
     HeadToTrain,
     chosen_from_trials,
-    features,
     heads,
-    identified_backbone,
     kept,
     predictions,
     read_manifest,
     required,
     results,
+    thumbnails,
     write_rows,
 )
 from pipelines.choice import read_chosen
-from pipelines.cluster import trial_resources
-from pipelines.config import Config
-from pipelines.feature_files import read_features
-from pipelines.head_training import fit_heads, training_machine
-from pipelines.products import Files, Gap, RowFiles, Shard, count_rows, shards
+from pipelines.head_training import train_heads
+from pipelines.prediction import stream_predictions
+from pipelines.products import Files, Gap, RowFiles, count_rows
 from pipelines.results import kept_rows, outcome_of_head, prediction_table, result_rows
-from pipelines.run_directory import RunDirectory
-from pipelines.schemas import KEPT, RESULTS
+from pipelines.schemas import KEPT, RESULTS, THUMBNAILS
 from pipelines.session import Advance, Session, Step
-from pipelines.shard_stream import FeatureReader, process_shards
 from pipelines.task_data import TaskData
-from pipelines.worker_errors import raise_user_error, user_error_of
+from pipelines.thumbnails import thumbnail_rows
 
 
 def final_heads(session: Session) -> dict[str, Files]:
@@ -55,57 +43,6 @@ def final_heads(session: Session) -> dict[str, Files]:
     return products
 
 
-def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advance) -> None:
-    """Train the chosen points on all training images; heads of equal features together, as a Ray task."""
-    cluster, run = session.cluster, session.run
-    resources = trial_resources(cluster, session.config.resources)
-    # The logical CPUs of a cluster that was started here are more than its cores.
-    cpus = max(resources["cpu"], cluster.cpus / cluster.cores if cluster.local else 0)
-    train = train_together.options(num_cpus=cpus, num_gpus=resources["gpu"])
-    ordered = sorted(missing, key=lambda job: (job.task, job.point.target_size))
-    pending = {}
-    for (name, size), group in groupby(ordered, lambda job: (job.task, job.point.target_size)):
-        task, jobs = session.tasks[name], list(group)
-        pending[train.remote(task, jobs, features(task, "train", size).names(run), run)] = jobs
-    while pending:
-        (finished,), _ = ray.wait(list(pending), num_returns=1)
-        raise_user_error([ray.get(finished)])
-        jobs = pending.pop(finished)
-        advance(len(jobs), jobs[0].task)
-
-
-# The process ends with the task: an idle one would hold its memory, and its GPU's, beside the actors to come.
-@ray.remote(max_retries=2, max_calls=1)
-def train_together(
-    task: TaskData, jobs: Sequence[HeadToTrain], feature_files: Sequence[str], run: RunDirectory
-) -> str:
-    """Train heads on the same features and save them; the text of a user's mistake, if there is one."""
-
-    def train() -> None:
-        matrix = read_features(run, feature_files)
-        files = {(job.point, job.seed): job.file for job in jobs}
-        points, seeds = (list(dict.fromkeys(values)) for values in zip(*files, strict=True))
-        started = time.perf_counter()
-        trained = list(fit_heads(task, matrix, points, seeds))
-        seconds = (time.perf_counter() - started) / len(trained)
-        source, _ = task.sources["train"]
-        for head in trained:
-            if name := files.get((head.hyperparameters, head.seed)):
-                provenance = {
-                    "backbone": json.dumps(identified_backbone(task.config)),
-                    "task": task.name,
-                    "train_seconds": f"{seconds:.3f}",
-                    "peak_memory_bytes": str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
-                    **{name: str(value) for name, value in training_machine().items()},
-                }
-                with run.writing(name) as sink:
-                    save_head(
-                        head, sink, provenance=provenance, classes=source.class_names() or task.n_classes
-                    )
-
-    return user_error_of(train)
-
-
 def prediction_products(session: Session) -> list[RowFiles]:
     """The predictions of all final heads of a task for its test images."""
     return [
@@ -116,37 +53,16 @@ def prediction_products(session: Session) -> list[RowFiles]:
 
 def make_predictions(session: Session, gaps: Sequence[Gap], advance: Advance) -> None:
     """Stream the test images whose predictions are missing through all heads."""
-    products = final_heads(session)
-    files = {name: list(product.units) for name, product in products.items()}
-    jobs = [job for product in products.values() for job in product.units.values()]
-    sizes = sorted({job.point.target_size for job in jobs})
-    missing = shards(gaps, session.config.resources.shard_size)
-    process_shards(session, missing, partial(Predictor, session.run, files, sizes, session.config), advance)
+    tables = {
+        name: {"frozen": list(product.units.values())} for name, product in final_heads(session).items()
+    }
+    stream_predictions(session, gaps, tables, _prediction_table, advance)
 
 
-class Predictor:
-    """Step of the evaluation: a shard's test images to the predictions of all heads; state of an actor."""
-
-    def __init__(
-        self, run: RunDirectory, files: dict[str, list[str]], target_sizes: list[int], config: Config
-    ) -> None:
-        self.run, self.files, self.reader = run, files, FeatureReader(config, target_sizes)
-        self.task = ""
-
-    def __call__(self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
-        """Write the shard's predictions."""
-        if self.task != task.name:
-            self.heads = [load_head(self.run.read(name))[0] for name in self.files[task.name]]
-            self.bank = HeadBank(self.heads, self.reader.device)
-            self.task = task.name
-        parts = [
-            self.bank.logits({size: torch.cat(taps[size], 1) for size in self.bank.target_sizes})
-            for taps in self.reader.read(images)
-        ]
-        logits = np.concatenate([np.empty((len(self.heads), 0, task.n_classes), np.float32), *parts], 1)
-        columns = [(head.hyperparameters.method, head.seed) for head in self.heads]
-        ((_, name),) = shard.files
-        self.run.write_table(name, prediction_table(task, columns, index, [*logits]), compression="zstd")
+def _prediction_table(
+    task: TaskData, tag: str, heads: Sequence[HeadToTrain], index: np.ndarray, logits: np.ndarray
+) -> pa.Table:
+    return prediction_table(task, [(head.point.method, head.seed) for head in heads], index, [*logits])
 
 
 def result_product(task: TaskData, files: Sequence[str]) -> Files:
@@ -156,12 +72,14 @@ def result_product(task: TaskData, files: Sequence[str]) -> Files:
 
 
 def result_products(session: Session) -> list[Files]:
-    """The result rows and the kept features per tap of every task."""
+    """The result rows, the kept features per tap and the thumbnails of every task."""
     return [
         product
         for name, members in final_heads(session).items()
+        for task in [session.tasks[name]]
         for product in (
-            result_product(session.tasks[name], list(members.units)), kept(session.tasks[name], members.units)
+            result_product(task, list(members.units)), kept(task, members.units),
+            thumbnails(task, predictions(task, "frozen", members.units).key),
         )
     ]  # fmt: skip
 
@@ -178,11 +96,14 @@ def make_results(session: Session, tasks: Sequence[str], advance: Advance) -> No
             head, provenance = load_head(run.read(file))
             outcomes.append(outcome_of_head(head, provenance, weights, session.config.batch_size))
             counts += kept_rows(task, head)
+        predicted = run.read_frame(predictions(task, "frozen", files).names(run))
         (rows_file,), (kept_file,) = result_product(task, files).units, kept(task, files).units
+        (images_file,) = thumbnails(task, predictions(task, "frozen", files).key).units
         if not run.exists(kept_file):
             write_rows(run, kept_file, KEPT, counts)
+        if not run.exists(images_file):
+            write_rows(run, images_file, THUMBNAILS, thumbnail_rows(task, predicted))
         if not run.exists(rows_file):
-            predicted = run.read_frame(predictions(task, "frozen", files).names(run))
             rows = result_rows(task, outcomes, predicted, run.read_frame([choices]), manifest)
             write_rows(run, rows_file, RESULTS, rows)
 

@@ -135,6 +135,12 @@ class FeatureMatrix:
         return rows[self.index[rows] == indices]
 
 
+def read_layout(run: RunDirectory, name: str) -> tuple[FeatureLayout, str]:
+    """The layout of a feature file and the tap that a linear probe reads."""
+    with run.open_table(name) as file:
+        return _layout(file.schema_arrow), file.schema_arrow.metadata[EMBEDDING].decode()
+
+
 def read_features(run: RunDirectory, names: Sequence[str]) -> FeatureMatrix:
     """Read feature files to one matrix, rows sorted by index.
 

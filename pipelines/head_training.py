@@ -1,16 +1,28 @@
 """Training heads on stored features with the settings of a recipe; used by every stage that trains heads."""
 
-from collections.abc import Iterator, Sequence
+import json
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
+from h2t.adapter import load_head, save_head
 from h2t.device import default_device, processor
 from h2t.head2toe import Head, fit
 from h2t.hyperparameters import Hyperparameters
-from pipelines.feature_files import FeatureMatrix
+from pipelines.artifacts import HeadToTrain, features, identified_backbone
+from pipelines.cluster import trial_resources
+from pipelines.feature_files import FeatureMatrix, read_features
+from pipelines.run_directory import RunDirectory
+from pipelines.scope import EVERYTHING, Scope
+from pipelines.session import Advance, Session
 from pipelines.task_data import TaskData
+from pipelines.worker_errors import raise_user_error, user_error_of
 
 
 def shuffle_of(task: TaskData, fold: int | None) -> tuple[int, int]:
@@ -29,10 +41,16 @@ def fit_heads(
     points: Sequence[Hyperparameters],
     seeds: Sequence[int],
     fold: int | None = None,
+    scope: Scope = EVERYTHING,
+    kept: Mapping[int, np.ndarray] | None = None,
 ) -> Iterator[Head]:
-    """Train heads on a task's features: on all rows, or on the training rows of a fold."""
+    """Train heads on a task's features: on all rows of the scope, or on the training rows of a fold.
+
+    ``kept``: seed -> the features to train on, in place of those that the points' rules would keep.
+    """
     config = task.config
-    rows = np.arange(len(matrix.labels)) if fold is None else matrix.rows_of(task.fold(fold)[0])
+    shots = scope.shots
+    rows = matrix.rows_of(task.subset("train", shots) if fold is None else task.fold(fold, shots)[0])
     torch.set_num_threads(config.resources.cpus_per_trial)
     return fit(
         matrix.values,
@@ -40,6 +58,8 @@ def fit_heads(
         matrix.layout,
         points,
         rows=rows,
+        taps=scope.taps,
+        kept=kept,
         shuffle=shuffle_of(task, fold),
         n_classes=task.n_classes,
         embedding=matrix.embedding,
@@ -49,3 +69,66 @@ def fit_heads(
         device=default_device(),
         precision=config.head_precision,
     )
+
+
+def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advance) -> None:
+    """Train the chosen points on all training images; heads of equal features together, as a Ray task."""
+    cluster, run = session.cluster, session.run
+    resources = trial_resources(cluster, session.config.resources)
+    # The logical CPUs of a cluster that was started here are more than its cores.
+    cpus = max(resources["cpu"], cluster.cpus / cluster.cores if cluster.local else 0)
+    train = train_together.options(num_cpus=cpus, num_gpus=resources["gpu"])
+    ordered = sorted(missing, key=lambda job: (job.task, job.point.target_size))
+    pending = {}
+    for (name, size), group in groupby(ordered, lambda job: (job.task, job.point.target_size)):
+        task, jobs = session.tasks[name], list(group)
+        pending[train.remote(task, jobs, features(task, "train", size).names(run), run)] = jobs
+    while pending:
+        (finished,), _ = ray.wait(list(pending), num_returns=1)
+        raise_user_error([ray.get(finished)])
+        jobs = pending.pop(finished)
+        advance(len(jobs), jobs[0].task)
+
+
+# The process ends with the task: an idle one would hold its memory, and its GPU's, beside the actors to come.
+@ray.remote(max_retries=2, max_calls=1)
+def train_together(
+    task: TaskData, jobs: Sequence[HeadToTrain], feature_files: Sequence[str], run: RunDirectory
+) -> str:
+    """Train heads on the same features and save them; the text of a user's mistake, if there is one."""
+
+    def train() -> None:
+        matrix = read_features(run, feature_files)
+        by_scope: dict[Scope, list[HeadToTrain]] = {}
+        for job in jobs:
+            by_scope.setdefault(job.scope, []).append(job)
+        for members in by_scope.values():
+            _train_scope(task, members, matrix, run)
+
+    return user_error_of(train)
+
+
+def _train_scope(
+    task: TaskData, jobs: Sequence[HeadToTrain], matrix: FeatureMatrix, run: RunDirectory
+) -> None:
+    """Train and save heads on the same part of the features; some are wanted in several files."""
+    files: dict[tuple[Hyperparameters, int], list[str]] = {}
+    for job in jobs:
+        files.setdefault((job.point, job.seed), []).append(job.file)
+    points, seeds = (list(dict.fromkeys(values)) for values in zip(*files, strict=True))
+    kept = {job.seed: load_head(run.read(job.kept))[0].kept for job in jobs if job.kept}
+    started = time.perf_counter()
+    trained = list(fit_heads(task, matrix, points, seeds, scope=jobs[0].scope, kept=kept))
+    seconds = (time.perf_counter() - started) / len(trained)
+    source, _ = task.sources["train"]
+    for head in trained:
+        for name in files.get((head.hyperparameters, head.seed), []):
+            provenance = {
+                "backbone": json.dumps(identified_backbone(task.config)),
+                "task": task.name,
+                "train_seconds": f"{seconds:.3f}",
+                "peak_memory_bytes": str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+                **{name: str(value) for name, value in training_machine().items()},
+            }
+            with run.writing(name) as sink:
+                save_head(head, sink, provenance=provenance, classes=source.class_names() or task.n_classes)

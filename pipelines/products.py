@@ -18,6 +18,7 @@ from h2t.errors import UserError
 from h2t.hyperparameters import Hyperparameters
 from pipelines.config import fingerprint
 from pipelines.run_directory import RunDirectory
+from pipelines.scope import EVERYTHING, Scope
 from pipelines.task_data import Split
 
 
@@ -161,27 +162,38 @@ def count_rows(gaps: Sequence[Gap]) -> int:
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of a search space on one fold; ``key`` says what it depends on."""
+    """One point of a search space on one fold; ``key`` says what it depends on.
+
+    Its row lies in a file in ``folder`` whose name has the ``context``.
+    """
 
     task: str
     fold: int
     point: Hyperparameters
     key: str
+    folder: str
+    context: str
+    scope: Scope = EVERYTHING
+
+
+def trials_file(trials: Sequence[Trial]) -> str:
+    """The file of some trials of one folder, target size and fold."""
+    keys, first = fingerprint([trial.key for trial in trials]), trials[0]
+    stem = f"target-size-{first.point.target_size}-fold-{first.fold}"
+    return f"{first.folder}/{stem}-{first.context}-{keys}.parquet"
 
 
 @dataclass(frozen=True)
 class TrialFiles:
-    """Trials in files of any composition; ``context``: the part of their keys that names files."""
+    """Trials in files of any composition; ``context``: the part of their keys that names files.
+
+    ``shared``: a folder of another stage that may hold some of the trials; "" for none.
+    """
 
     folder: str
     context: str
     trials: tuple[Trial, ...]
-
-    def name(self, trials: Sequence[Trial]) -> str:
-        """The file of some trials of one target size and fold."""
-        keys, first = fingerprint([trial.key for trial in trials]), trials[0]
-        stem = f"target-size-{first.point.target_size}-fold-{first.fold}"
-        return f"{self.folder}/{stem}-{self.context}-{keys}.parquet"
+    shared: str = ""
 
     def is_current(self, run: RunDirectory, name: str, location: str) -> bool:
         """Whether a file holds some of these trials; it may hold others, of a larger grid, beside them."""
@@ -193,15 +205,20 @@ class TrialFiles:
 
     def missing(self, run: RunDirectory, present: Sequence[str]) -> list[Trial]:
         """Trials of which no present file has the row."""
-        done = set(run.read_frame(present, ["trial"])["trial"]) if present else set()
+        files = self._with_shared(run, present)
+        done = set(run.read_frame(files, ["trial"])["trial"]) if files else set()
         return [trial for trial in self.trials if trial.key not in done]
+
+    def _with_shared(self, run: RunDirectory, present: Sequence[str]) -> list[str]:
+        return [*present, *(run.names(self.shared) if self.shared else ())]
 
     def read(self, run: RunDirectory) -> pd.DataFrame:
         """The rows of all trials in their order. Raises UserError where one is missing."""
         present = run.names(self.folder)
         if self.missing(run, present):
             raise UserError(f"{self.folder} lacks trials in {run.uri}: run the sweep stage first")
-        rows = run.read_frame(present).drop_duplicates("trial").set_index("trial")
+        files = self._with_shared(run, present)
+        rows = run.read_frame(files).drop_duplicates("trial").set_index("trial")
         return rows.loc[[trial.key for trial in self.trials]].reset_index()
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from h2t.device import slow_in_bfloat16
 from h2t.methods import METHODS
-from pipelines import evaluate, extract, finetune, sweep
+from pipelines import evaluate, extract, finetune, study, sweep
 from pipelines.config import Config
 from pipelines.products import is_whole
 from pipelines.progress import StageProgress
@@ -22,6 +22,7 @@ STAGES: dict[str, Sequence[Step]] = {
     "sweep": sweep.STEPS,
     "evaluate": evaluate.STEPS,
     "finetune": finetune.STEPS,
+    "study": study.STEPS,
 }
 
 
@@ -49,7 +50,22 @@ def run_stages(
         for step in STAGES[stage]:
             run_step(session, step)
         seconds[stage] = time.monotonic() - started
+    if "study" in stages:
+        seconds["study"] += run_recipes(config, uri, console, address)
     return seconds
+
+
+def run_recipes(config: Config, uri: str, console: Console, address: str | None) -> float:
+    """Run the variants of a recipe that its studies ask for, each in a directory of its own; seconds."""
+    started = time.monotonic()
+    for name, variants in study.recipes(config).items():
+        if not variants:
+            console.print(f"{'study':<9} {name}: {config.backbone.name} has nothing to compare")
+        for folder, recipe in variants.items():
+            console.print(f"{'study':<9} {name}: the recipe with {folder.rpartition('/')[2]}")
+            destination = RunDirectory(uri).subdirectory(folder)
+            run_stages(recipe, destination.uri, ["extract", "sweep", "evaluate"], console, address)
+    return time.monotonic() - started
 
 
 def precisions(config: Config) -> set[str]:

@@ -36,8 +36,11 @@ def package_versions() -> dict[str, str]:
 
 
 def write_record(config: Config, run: RunDirectory) -> None:
-    """Write the record of a configuration, unless it is there. Raises UserError as ``read_record`` does."""
-    record = read_record(run)
+    """Write the record of a configuration, unless it is there. Raises UserError as ``read_record`` does.
+
+    It leaves out which studies are asked for, which changes nothing else.
+    """
+    record, config = read_record(run), config.model_copy(update={"studies": []})
     current = fingerprint(config)
     if record.get("fingerprint") == current:
         return

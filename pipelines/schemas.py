@@ -39,6 +39,33 @@ RESULTS = pa.schema([
 ])  # fmt: skip
 """One row per task, method and seed; ``fingerprint``: the key of the features."""
 
+_STUDY = [*_TASK, ("study", TEXT), ("variant", TEXT)]
+
+STUDY_CHOSEN = pa.schema([
+    *_STUDY, *_POINT, ("validation_accuracy", NUMBER), ("validation_loss", NUMBER), ("n_candidates", INTEGER),
+])  # fmt: skip
+"""One row per study, task and variant; validation is null where there was nothing to choose."""
+
+STUDY_PREDICTIONS = pa.schema([
+    ("backbone", TEXT), ("task", TEXT), ("study", TEXT), ("variant", TEXT), ("seed", pa.int32()),
+    ("index", pa.int32()), ("label", pa.int32()), ("prediction", pa.int32()),
+])  # fmt: skip
+"""One row per study, variant, seed and test image."""
+
+STUDY_RESULTS = pa.schema([
+    *_STUDY, ("series", TEXT), ("x", NUMBER), *_POINT, ("seed", INTEGER), ("test_accuracy", NUMBER),
+    ("low", NUMBER), ("high", NUMBER), ("reference", TEXT), ("difference", NUMBER),
+    ("difference_low", NUMBER), ("difference_high", NUMBER), ("n_test", INTEGER), ("n_correct", INTEGER),
+    ("n_train", INTEGER), ("n_classes", INTEGER), ("n_features", INTEGER), ("n_kept", INTEGER),
+    ("validation_accuracy", NUMBER), ("fingerprint", TEXT),
+])  # fmt: skip
+"""One row per study, task, variant and seed.
+
+``series`` and ``x``: where it stands in the study's figure; ``low`` to ``high``: the interval of the
+variant's mean accuracy over seeds; ``difference``: of that mean to the reference's, on the same test images;
+``n_features``: the candidates.
+"""
+
 KEPT = pa.schema([
     *_TASK, ("method", TEXT), ("seed", INTEGER), ("tap", TEXT), ("tap_index", INTEGER),
     ("n_features", INTEGER), ("n_kept", INTEGER), ("kept", pa.list_(pa.int32())),
@@ -54,6 +81,18 @@ PREDICTIONS = pa.schema([
 
 Where the training diverged, the prediction is -1 and the probabilities are NaN.
 """
+
+THUMBNAIL_KINDS = {
+    "training": "training images",
+    "gained": "Head2Toe right, linear wrong",
+    "lost": "linear right, Head2Toe wrong",
+}
+
+THUMBNAILS = pa.schema([
+    *_TASK, ("kind", TEXT), ("index", INTEGER), ("label", TEXT), ("prediction", TEXT), ("image", pa.binary()),
+])  # fmt: skip
+"""One row per small image (WebP); ``kind``: of THUMBNAIL_KINDS; ``prediction``: the wrong one of a test
+image, by the method that gets it wrong."""
 
 BAD_ROWS = pa.schema([
     ("backbone", TEXT), ("task", TEXT), ("split", TEXT), ("index", pa.int32()), ("path", TEXT),

@@ -71,8 +71,24 @@ class TaskData:
             return self.task.n_classes
         return max(int(labels.max(initial=0)) for labels in self.labels.values()) + 1
 
-    def fold(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of ``fold_split`` to train on and to validate on, ascending, int64.
+    def subset(self, split: Split, shots: int | None = None) -> np.ndarray:
+        """Rows of a split, ascending int64: all, or ``shots`` of each class (fewer where it has no more).
+
+        The run's seed draws them, and more shots hold those of fewer.
+        """
+        labels = self.labels[split]
+        if shots is None:
+            return np.arange(len(labels))
+        order = np.random.default_rng(self.config.seed).permutation(len(labels))
+        classes = [order[labels[order] == label][:shots] for label in np.unique(labels[labels >= 0])]
+        return np.sort(np.concatenate(classes))
+
+    def n_folds(self, shots: int | None = None) -> int:
+        """The number of folds: the recipe's, or that of the images where these are fewer."""
+        return min(self.config.cross_validation.n_folds, len(self.subset(self.fold_split, shots)))
+
+    def fold(self, number: int, shots: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of ``fold_split``, or of its ``subset``, to train on and to validate on, ascending, int64.
 
         The scheme "shuffled" mixes the rows by the run's seed and cuts these into blocks, the others cut the
         order of the source: "blocks" is the paper's, with the first 1000 images of the original training set;
@@ -81,12 +97,12 @@ class TaskData:
 
         Raises UserError for fewer images than folds.
         """
-        n_rows, recipe = len(self.labels[self.fold_split]), self.config.cross_validation
-        train, validation = folds(n_rows, recipe.n_folds)[number]
+        rows, recipe = self.subset(self.fold_split, shots), self.config.cross_validation
         if recipe.scheme == "shuffled":
-            order = np.random.default_rng(self.config.seed).permutation(n_rows)
-            return np.sort(order[train]), np.sort(order[validation])
-        return train, validation
+            rows = rows[np.random.default_rng(self.config.seed).permutation(len(rows))]
+        n_folds = recipe.n_folds if shots is None else self.n_folds(shots)
+        train, validation = folds(len(rows), n_folds)[number]
+        return np.sort(rows[train]), np.sort(rows[validation])
 
 
 def open_task(config: Config, name: str) -> TaskData:

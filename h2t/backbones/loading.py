@@ -1,6 +1,6 @@
 """A frozen timm model with its image size, the normalization of its input, and its ordered taps."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -103,6 +103,22 @@ def load_backbone(
     return Backbone(name, model, taps_read, size, config.mean, config.std, embedding, provenance)
 
 
+ABLATIONS = ("with_input", *FUSED_VARIANTS)
+"""The variants of taps of Table 6."""
+
+
+def tap_variants(name: str, image_size: int | None = None) -> tuple[str, ...]:
+    """The variants of taps that a backbone has. Raises UserError as ``load_backbone`` does."""
+    loaded = load_backbone(name, weights="random", image_size=image_size)
+    return _offered(name, fused_modules(loaded.model) & {tap.module for tap in loaded.taps})
+
+
+def _offered(name: str, fused: Collection[str]) -> tuple[str, ...]:
+    """``fused``: the tapped modules that normalize and activate."""
+    preset = PRESETS.get(name, Preset(name, 0))
+    return ("auto", *preset.variants, "with_input", *(FUSED_VARIANTS if fused else ()))
+
+
 @contextmanager
 def _naming_image_size(name: str, image_size: int) -> Iterator[None]:
     """Turn what timm raises where a model cannot be built for an image size, or take it, into a UserError."""
@@ -143,10 +159,9 @@ def _seeded_model(timm_name: str, arguments: dict[str, Any], seed: int, **pretra
 
 
 def _taps(model: nn.Module, name: str, variant: str, image_size: int) -> tuple[Tap, ...]:
-    preset = PRESETS.get(name, Preset(name, image_size))
-    taps = preset.taps or discover_taps(model, image_size)
+    taps = PRESETS.get(name, Preset(name, image_size)).taps or discover_taps(model, image_size)
     fused = fused_modules(model) & {tap.module for tap in taps}
-    offered = ("auto", *preset.variants, "with_input", *(FUSED_VARIANTS if fused else ()))
+    offered = _offered(name, fused)
     if variant not in offered:
         raise unknown(f"taps of {name}", variant, offered)
     if variant in FUSED_VARIANTS:

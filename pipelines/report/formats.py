@@ -13,17 +13,25 @@ LATEX = str.maketrans(
         "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
         "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$",
         "−": "$-$", "–": "--", "≈": r"$\approx$", "<": "$<$", ">": "$>$",
+        "▲": r"$\uparrow$", "▼": r"$\downarrow$", "…": r"\ldots{}", "→": r"$\to$",
     }
 )  # fmt: skip
 
 
+def data_files(name: str, data: pd.DataFrame) -> dict[str, bytes]:
+    """Plain numbers as ``.parquet`` and ``.csv``."""
+    sink = io.BytesIO()
+    data.to_parquet(sink, index=False)
+    return {
+        f"{name}.parquet": sink.getvalue(),
+        f"{name}.csv": data.to_csv(index=False, lineterminator="\n").encode(),
+    }
+
+
 def table_files(table: ReportTable) -> dict[str, bytes]:
     """A table as ``.parquet`` and ``.csv`` (plain numbers), ``.md`` and ``.tex`` (finished cells)."""
-    sink = io.BytesIO()
-    table.data.to_parquet(sink, index=False)
     return {
-        f"{table.name}.parquet": sink.getvalue(),
-        f"{table.name}.csv": table.data.to_csv(index=False, lineterminator="\n").encode(),
+        **data_files(table.name, table.data),
         f"{table.name}.md": markdown(table).encode(),
         f"{table.name}.tex": latex(table).encode(),
     }

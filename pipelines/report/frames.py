@@ -16,14 +16,18 @@ from h2t.methods import METHODS
 from pipelines.report.paired import Correctness, correctness
 from pipelines.run_directory import TEMPORARY, RunDirectory, open_filesystem
 from pipelines.run_record import read_record
-from pipelines.schemas import BAD_ROWS, CHOSEN, KEPT, PREDICTIONS, RESULTS, TRIALS
+from pipelines.schemas import BAD_ROWS, CHOSEN, KEPT, PREDICTIONS, RESULTS, STUDY_RESULTS, THUMBNAILS, TRIALS
 
 DONE = "done"
 SCHEMAS = {
     "results": RESULTS, "trials": TRIALS, "chosen": CHOSEN, "kept": KEPT, "predictions": PREDICTIONS,
-    "bad_rows": BAD_ROWS,
+    "bad_rows": BAD_ROWS, "study_results": STUDY_RESULTS, "thumbnails": THUMBNAILS,
 }  # fmt: skip
-"""Folder of a run directory -> columns of its Parquet files; accuracies are fractions of 1."""
+"""Kind of rows -> columns of its Parquet files; accuracies are fractions of 1."""
+FOLDERS = {"study_results": "studies/results"}
+"""Folder of a kind in a run directory, where that is not its name."""
+RECIPES = "studies/recipes"
+"""Folder of the run directories of studies of other features: <study>/<variant>."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Frames:
 
     The data frames have the columns of ``SCHEMAS``; tasks, methods and seeds may be missing from any of them.
     ``costs``: backbone -> what was measured of it. ``provenance``: plain values, nested as you like.
+    ``recipes``: (study, variant) -> the frames of a run with other features, for a study of those.
     """
 
     results: pd.DataFrame = field(default_factory=SCHEMAS["results"].empty_table().to_pandas)
@@ -40,7 +45,10 @@ class Frames:
     kept: pd.DataFrame = field(default_factory=SCHEMAS["kept"].empty_table().to_pandas)
     predictions: pd.DataFrame = field(default_factory=SCHEMAS["predictions"].empty_table().to_pandas)
     bad_rows: pd.DataFrame = field(default_factory=SCHEMAS["bad_rows"].empty_table().to_pandas)
+    study_results: pd.DataFrame = field(default_factory=SCHEMAS["study_results"].empty_table().to_pandas)
+    thumbnails: pd.DataFrame = field(default_factory=SCHEMAS["thumbnails"].empty_table().to_pandas)
     costs: Mapping[str, BackboneCost] = field(default_factory=dict)
+    recipes: Mapping[tuple[str, str], "Frames"] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -84,6 +92,7 @@ def read_runs(runs: Sequence[RunDirectory]) -> Frames:
     return Frames(
         **{kind: pd.concat([getattr(part, kind) for part in parts], ignore_index=True) for kind in SCHEMAS},
         costs={backbone: cost for part in parts for backbone, cost in part.costs.items()},
+        recipes=_together([part.recipes for part in parts]),
         provenance={
             f"{title}: {name}": value
             for part, title in zip(parts, titles, strict=True)
@@ -103,6 +112,16 @@ def read_run(run: RunDirectory) -> Frames:
     return Frames(
         **{kind: _read_rows(run, kind) for kind in SCHEMAS},
         costs={backbone: BackboneCost(**content["cost"]) for (backbone, _), content in manifests.items()},
+        recipes={
+            (study, variant): read_run(run.subdirectory(f"{RECIPES}/{study}/{variant}"))
+            for study, variant in sorted(
+                {
+                    tuple(name.removeprefix(f"{RECIPES}/").split("/")[:2])
+                    for name in run.names(RECIPES, recursive=True)
+                    if name.endswith("/run.yaml")
+                }
+            )
+        },
         provenance=_provenance(record, manifests, len(run.names("history"))),
     )
 
@@ -113,7 +132,22 @@ def _renamed(frames: Frames, titles: Mapping[str, str]) -> Frames:
         for kind in SCHEMAS
     }
     costs = {titles.get(backbone, backbone): cost for backbone, cost in frames.costs.items()}
-    return replace(frames, **rows, costs=costs)
+    recipes = {key: _renamed(part, titles) for key, part in frames.recipes.items()}
+    return replace(frames, **rows, costs=costs, recipes=recipes)
+
+
+def _together(parts: Sequence[Mapping[tuple[str, str], Frames]]) -> dict[tuple[str, str], Frames]:
+    """The recipes of studies of several runs: the results and predictions of each, below one another."""
+    together: dict[tuple[str, str], Frames] = {}
+    for key, frames in (item for part in parts for item in part.items()):
+        before = together.get(key, Frames())
+        together[key] = Frames(
+            **{
+                kind: pd.concat([getattr(before, kind), getattr(frames, kind)], ignore_index=True)
+                for kind in ("results", "predictions")
+            }
+        )
+    return together
 
 
 def _whole_files(run: RunDirectory, folder: str, ending: str) -> list[str]:
@@ -123,7 +157,7 @@ def _whole_files(run: RunDirectory, folder: str, ending: str) -> list[str]:
 
 def _read_rows(run: RunDirectory, kind: str) -> pd.DataFrame:
     """All rows of a folder; files are read side by side, since an object store is slow to answer."""
-    names = _whole_files(run, kind, ".parquet")
+    names = _whole_files(run, FOLDERS.get(kind, kind), ".parquet")
     filesystem, root = open_filesystem(run.uri)
     paths = [f"{root.rstrip('/')}/{name}" for name in names]
     try:

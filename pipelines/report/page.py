@@ -5,7 +5,7 @@ Pure functions: the same frames give the same bytes.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -14,11 +14,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from h2t.methods import METHODS
-from pipelines.report.figures import inline_svg
-from pipelines.report.formats import table_files, text_columns
+from pipelines.report.figures import inline_svg, page_specs, script
+from pipelines.report.formats import data_files, latex, markdown, table_files, text_columns
 from pipelines.report.frames import Frames
 from pipelines.report.studies import Section, sections
-from pipelines.report.tables import summaries
+from pipelines.report.tables import ReportTable, summaries
 
 STATED = {"seeds": "seed"} | {
     name: name for name in ("weights", "image_source", "preprocessing", "fold_scheme")
@@ -34,6 +34,7 @@ def build_report(frames: Frames) -> dict[str, bytes]:
             files |= table_files(table)
         for figure in section.figures:
             files |= {f"{figure.name}.svg": figure.svg.encode(), f"{figure.name}.png": figure.png}
+            files |= data_files(f"{figure.name}-figure", figure.data)
     files["summary.json"] = json.dumps(summary(frames, shown), indent=1, sort_keys=True).encode()
     return files | {"index.html": render_page(frames, shown).encode()}
 
@@ -57,7 +58,10 @@ def summary(frames: Frames, shown: Sequence[Section]) -> dict[str, Any]:
 
 
 def render_page(frames: Frames, shown: Sequence[Section]) -> str:
-    """The page: one HTML file with styles and figures inside, which needs no network."""
+    """The page: one HTML file with styles, figures and scripts inside, which needs no network.
+
+    Without scripts it shows everything too: the figures are drawn in it already.
+    """
     environment = Environment(
         loader=PackageLoader("pipelines.report"),
         autoescape=True,
@@ -74,6 +78,9 @@ def render_page(frames: Frames, shown: Sequence[Section]) -> str:
     return environment.get_template("report.html.j2").render(
         backbones=frames.backbones,
         sections=shown,
+        figures=Markup(page_specs([figure for section in shown for figure in section.figures])),
+        texts_of_tables=Markup(_texts(table for section in shown for table in section.tables)),
+        vega=Markup(script()),
         highlights=[section.words for section in shown if section.on_top == "highlight"],
         warnings=[
             *_warnings(frames),
@@ -81,6 +88,12 @@ def render_page(frames: Frames, shown: Sequence[Section]) -> str:
         ],
         provenance=_stated(frames.results) | dict(frames.provenance),
     )
+
+
+def _texts(tables: Iterable[ReportTable]) -> str:
+    """The tables by name as Markdown and LaTeX, as JSON for a script of the page."""
+    texts = {table.name: {"md": markdown(table), "tex": latex(table)} for table in tables}
+    return json.dumps(texts).replace("<", "\\u003c")  # a cell could end the script
 
 
 def plain(value: Any) -> list[str]:

@@ -102,9 +102,11 @@ def by_backbone(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {str(backbone): part for backbone, part in rows.groupby("backbone")}
 
 
-def summaries(results: pd.DataFrame) -> dict[tuple[str, str, str], metrics.Summary]:
-    """(backbone, method, task) -> median and standard deviation over seeds."""
-    groups = results.groupby(["backbone", "method", "task"])["test_accuracy"]
+def summaries(
+    results: pd.DataFrame, measure: str = "test_accuracy"
+) -> dict[tuple[str, str, str], metrics.Summary]:
+    """(backbone, method, task) -> median and standard deviation over seeds of a column of the results."""
+    groups = results.dropna(subset=measure).groupby(["backbone", "method", "task"])[measure]
     return {key: metrics.median_and_std(values) for key, values in groups}  # type: ignore[misc]
 
 
@@ -115,13 +117,13 @@ def medians(results: pd.DataFrame, backbone: str, method: str) -> dict[str, floa
     return {task: by_key[key].median for task, key in keys.items() if key in by_key}
 
 
-def statistics(results: pd.DataFrame, statistic: str) -> pd.DataFrame:
+def statistics(results: pd.DataFrame, statistic: str, measure: str = "test_accuracy") -> pd.DataFrame:
     """One row per backbone and method; a column per task, then ``mean_<group>`` and ``mean_all``.
 
     ``statistic``: a field of ``metrics.Summary``. A mean is NaN unless the method has a result for every
     task that the backbone has; of a single group there is only the mean over all.
     """
-    by_key, groups = summaries(results), tasks_in_order(results)
+    by_key, groups = summaries(results, measure), tasks_in_order(results)
     present = [group for group in GROUPS if group in groups.values()]
     averaged = [*present, "all"] if len(present) > 1 else ["all"]
     rows = []

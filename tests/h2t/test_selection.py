@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import f_oneway
+from scipy.stats import f_oneway, rankdata
+from sklearn.feature_selection import mutual_info_classif
 
 from h2t.errors import UserError
 from h2t.features import FeatureLayout
-from h2t.selection import DATA_RULES, WEIGHT_RULES, keep_top, relevance_scores
+from h2t.selection import BINS, DATA_RULES, WEIGHT_RULES, keep_top, relevance_scores
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 NOTES = json.loads((GOLDENS / "misc.json").read_text())
@@ -88,6 +89,17 @@ def test_rules_by_the_training_images_find_the_feature_that_says_the_class(rule:
         assert scores[5] == scores.min()
     np.testing.assert_array_equal(scores, DATA_RULES[rule](inputs, labels, 0))
     np.testing.assert_array_equal(inputs, before)
+
+
+def test_mutual_information_is_that_of_scikit_learn_on_the_bins() -> None:
+    inputs, labels = inputs_with_a_signal()
+    order = np.argsort(labels, kind="stable")  # so that the order of equal values would tell the class
+    inputs, labels = inputs[order], labels[order]
+    ranks = rankdata(inputs, method="min", axis=0).astype(int) - 1
+    expected = mutual_info_classif(ranks * BINS // len(inputs), labels, discrete_features=True)
+    scores = DATA_RULES["mutual_information"](inputs, labels, 0)
+    np.testing.assert_allclose(scores, expected, atol=1e-9)
+    assert scores[5] == 0
 
 
 def test_the_f_test_is_that_of_scipy() -> None:

@@ -12,7 +12,8 @@ from pipelines.choice import best_of, choose, without_diverged
 def trial(rate: float, fold: int, accuracy: float, loss: float = 1.0, **changes: Any) -> dict[str, Any]:
     return {
         "backbone": "b", "task": "t", "group": "natural", "method": "linear", "target_size": 16,
-        "learning_rate": rate, "steps": 5, "coefficient": 0.0, "keep_fraction": 1.0, "offset": 0, "fold": fold,
+        "learning_rate": rate, "steps": 5, "coefficient": 0.0, "keep_fraction": 1.0, "offset": 0,
+        "fold": fold,
         "status": "done", "validation_accuracy": accuracy, "validation_loss": loss, "diverged_at": 0,
         **changes,
     }  # fmt: skip

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from h2t.errors import UserError
 from pipelines.artifacts import trials
+from pipelines.cross_validation import as_jobs, packed
 from pipelines.jobs import Job, run_jobs
 from pipelines.run_directory import RunDirectory
 from pipelines.session import Session
-from pipelines.sweep import as_jobs, packed
 from tests.pipelines.conftest import small_config
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -92,7 +92,7 @@ def test_aliases_and_merges_are_allowed(tmp_path: Path) -> None:
     assert roots == ["leaves", "fruits", "leaves"]
 
 
-HEAVY = ("torch", "ray", "pandas", "scipy", "sklearn", "timm", "matplotlib")
+HEAVY = ("torch", "ray", "pandas", "scipy", "sklearn", "timm", "altair")
 
 
 @pytest.mark.parametrize("wrong", ["", "grid.stesp=[1]", "images.format=foldr", "methods=[head2tow]"])

@@ -15,12 +15,29 @@ from pipelines.report.tables import ReportTable
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A small image: its source, a data URI, and what it shows."""
+
+    source: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A row of small images."""
+
+    title: str
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
 class Section:
     """A section of the page.
 
     ``name``: its anchor; ``position``: sections come in ascending order; ``words``: what it shows, in a
     sentence; ``folded``: readers unfold the tables, and figures come first; ``on_top``: the words stand at
-    the head of the page too.
+    the head of the page too; ``choose``: what readers choose one of the tables by, its title;
+    ``strips``: rows of small images.
     """
 
     name: str
@@ -31,6 +48,8 @@ class Section:
     figures: tuple[ReportFigure, ...] = ()
     folded: bool = False
     on_top: Literal["highlight", "warning"] | None = None
+    choose: str = ""
+    strips: tuple[Strip, ...] = ()
 
 
 def sections(frames: Frames) -> list[Section]:

@@ -8,6 +8,7 @@ from pipelines.report.studies import Section
 from pipelines.report.tables import (
     ReportTable,
     method_title,
+    number,
     percent,
     statistics,
     summaries,
@@ -16,6 +17,14 @@ from pipelines.report.tables import (
 )
 
 CLOSE = "≈"
+MEASURES = {
+    "balanced_accuracy": ("Balanced accuracy", False, True),
+    "macro_f1": ("Macro-F1", False, True),
+    "log_loss": ("Log loss (nats)", True, False),
+    "brier": ("Brier score", True, False),
+    "calibration_error": ("Calibration error", True, True),
+}
+"""Measures beside accuracy: title, whether the lowest is best, whether they are shown in percent."""
 
 
 def section(frames: Frames) -> Section | None:
@@ -30,7 +39,28 @@ def section(frames: Frames) -> Section | None:
         f"{percent(row['mean_all'])} %."
         for row in best
     )
-    return Section(table.name, table.title, 10, words, (table,))
+    others = tuple(measure_table(frames.finished, measure) for measure in MEASURES)
+    shown = (table, *(other for other in others if other is not None))
+    return Section(table.name, table.title, 10, words, shown, choose="Metric" if len(shown) > 1 else "")
+
+
+def measure_table(results: pd.DataFrame, measure: str) -> ReportTable | None:
+    """Medians over seeds of another measure than accuracy, the best of each column in bold."""
+    if results[measure].isna().all():
+        return None
+    title, lower, in_percent = MEASURES[measure]
+    data = statistics(results, "median", measure)
+    values = data.drop(columns=["backbone", "method"])
+    shown = values.map(percent if in_percent else lambda value: number(value, digits=3))
+    return ReportTable(
+        f"table1-{measure.replace('_', '-')}",
+        title,
+        f"Median over seeds{', in percent' if in_percent else ''}; the best of each column, the "
+        f"{'lowest' if lower else 'highest'}, in bold.",
+        data,
+        with_headers(data, shown, tasks_in_order(results)),
+        _best_as_shown(data["backbone"], shown, lower),
+    )
 
 
 def accuracy_table(results: pd.DataFrame, found: Correctness | None = None) -> ReportTable:
@@ -62,12 +92,14 @@ def _mark_close(data: pd.DataFrame, shown: pd.DataFrame, found: Correctness, res
                 shown.iat[row, column] = f"{shown.iat[row, column]!s} {CLOSE}"
 
 
-def _best_as_shown(backbones: pd.Series, shown: pd.DataFrame) -> frozenset[tuple[int, int]]:
+def _best_as_shown(
+    backbones: pd.Series, shown: pd.DataFrame, lower: bool = False
+) -> frozenset[tuple[int, int]]:
     """Cells on display that equal the best of their backbone's column, digits that are not shown aside."""
     first = 2 if backbones.nunique() > 1 else 1  # after the columns of backbone and method
     best = set()
     for column, name in enumerate(shown):
         numbers = pd.to_numeric(shown[name], errors="coerce")
-        top = numbers.groupby(backbones).transform("max")
+        top = numbers.groupby(backbones).transform("min" if lower else "max")
         best |= {(row, column + first) for row, is_top in enumerate(numbers == top) if is_top}
     return frozenset(best)

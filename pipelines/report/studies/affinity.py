@@ -3,11 +3,11 @@
 import math
 from itertools import combinations
 
+import altair as alt
 import pandas as pd
-from matplotlib.axes import Axes
 
 from h2t import metrics, paper
-from pipelines.report.figures import GROUP_COLOURS, INK, ReportFigure, draw, figure_name, group_legend
+from pipelines.report.figures import WIDTH, ReportFigure, draw, figure_name, group_colours
 from pipelines.report.frames import Frames
 from pipelines.report.studies import Section
 from pipelines.report.studies.gain import BASELINE, SCRATCH, gains
@@ -114,22 +114,25 @@ def correlations(affinities: pd.DataFrame) -> list[str]:
 
 def _figure(rows: pd.DataFrame, backbone: str, backbones: list[str]) -> ReportFigure:
     """One labelled point per task."""
-
-    def fill(axes: Axes) -> None:
-        x, y = 100 * rows["affinity"], 100 * rows["gain"]
-        axes.scatter(x, y, s=40, color=[GROUP_COLOURS[group] for group in rows["group"]], zorder=3)
-        for task, point in zip(rows["task"], zip(x, y, strict=True), strict=True):
-            axes.annotate(task_title(task), point, (5, 4), textcoords="offset points", fontsize=8)
-        axes.axhline(0, color=INK, linewidth=0.8)
-        axes.margins(0.12)
-        axes.set_xlabel("domain affinity (linear minus scratch), points of percent")
-        axes.set_ylabel("gain of Head2Toe over linear, points")
-        group_legend(axes, rows["group"])
-
+    data = pd.DataFrame(
+        {
+            "Task": rows["task"].map(task_title),
+            "Group": rows["group"],
+            "Affinity": (100 * rows["affinity"]).round(2),
+            "Gain": (100 * rows["gain"]).round(2),
+        }
+    )
+    base = alt.Chart(data).encode(
+        x=alt.X("Affinity:Q", title="domain affinity (linear minus scratch), points of percent"),
+        y=alt.Y("Gain:Q", title="gain of Head2Toe over linear, points"),
+        tooltip=["Task", "Group", "Affinity", "Gain"],
+    )
+    points = base.mark_point(filled=True, size=70, opacity=1).encode(color=group_colours(data))
+    names = base.mark_text(align="left", dx=7, dy=-5).encode(text="Task:N")
     return draw(
         figure_name("affinity", backbone, backbones),
         f"Gain of Head2Toe against domain affinity, {backbone}. Far tasks are on the left.",
         "The numbers are in the table of domain affinity.",
-        (7.5, 4.2),
-        fill,
+        (points + names).properties(width=WIDTH, height=300),
+        data,
     )

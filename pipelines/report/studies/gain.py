@@ -1,18 +1,30 @@
-"""What Head2Toe gains over the linear probe, per task."""
+"""Figures 2, 3 and 11 (left): Head2Toe against linear and fine-tuning, tasks by domain affinity."""
 
-import numpy as np
+import math
+
+import altair as alt
 import pandas as pd
-from matplotlib.axes import Axes
 
 from h2t import metrics
-from pipelines.report.figures import GROUP_COLOURS, INK, ReportFigure, draw, figure_name, group_legend
+from pipelines.report.figures import (
+    WIDTH,
+    ReportFigure,
+    dots,
+    draw,
+    figure_name,
+    group_colours,
+    method_colours,
+)
 from pipelines.report.frames import Frames
 from pipelines.report.studies import Section
+from pipelines.report.studies.costs import cost_table
 from pipelines.report.tables import (
     ReportTable,
     backbones_in_order,
     by_backbone,
     medians,
+    method_title,
+    methods_in_order,
     percent,
     signed,
     task_title,
@@ -20,7 +32,7 @@ from pipelines.report.tables import (
     with_backbone,
 )
 
-METHOD, BASELINE, SCRATCH = "head2toe", "linear", "scratch"
+METHOD, BASELINE, SCRATCH, FINETUNING = "head2toe", "linear", "scratch", "finetune"
 
 
 def section(frames: Frames) -> Section | None:
@@ -29,8 +41,14 @@ def section(frames: Frames) -> Section | None:
         return None
     table = gain_table(frames.finished)
     parts = by_backbone(table.data)
-    figures = tuple(_figure(part, backbone, frames.backbones) for backbone, part in parts.items())
-    words = " ".join(_words(part, backbone) for backbone, part in parts.items())
+    figures = tuple(
+        figure
+        for backbone, part in parts.items()
+        for figure in _figures(frames.finished, part, backbone, frames.backbones)
+    )
+    costs = cost_table(frames.finished, frames.costs).data
+    shares = costs[costs["method"] == METHOD].groupby("backbone")["flops_vs_finetuning"].median().to_dict()
+    words = " ".join(_words(part, backbone, shares.get(backbone)) for backbone, part in parts.items())
     return Section(table.name, table.title, 20, words, (table,), figures, on_top="highlight")
 
 
@@ -43,64 +61,138 @@ def gain_table(results: pd.DataFrame) -> ReportTable:
             "Linear": data[BASELINE].map(percent),
             "Head2Toe": data[METHOD].map(percent),
             "Gain": data["gain"].map(signed),
+            **(
+                {"Over fine-tuning": data["gain_over_finetuning"].map(signed)}
+                if data["gain_over_finetuning"].notna().any()
+                else {}
+            ),
         }
     )
     return ReportTable(
         "gain",
         "Gain of Head2Toe over linear",
-        "Difference of the median test accuracies, in points of percent.",
+        "Difference of the median test accuracies, in points of percent; tasks far from the source domain "
+        "first, where there is training from scratch to tell.",
         data,
         with_backbone(data, display),
     )
 
 
 def gains(results: pd.DataFrame) -> pd.DataFrame:
-    """Columns backbone, task, group, linear, head2toe, gain: a row per backbone and task that has both."""
+    """Columns backbone, task, group, linear, head2toe, gain, gain_over_finetuning (NaN where not known).
+
+    A row per backbone and task that has linear and Head2Toe.
+    """
     groups, rows = tasks_in_order(results), []
     for backbone in backbones_in_order(results):
         baseline, method = (medians(results, backbone, name) for name in (BASELINE, METHOD))
+        finetuned = medians(results, backbone, FINETUNING)
         affinity = metrics.domain_affinity(baseline, medians(results, backbone, SCRATCH))
         tasks = [task for task in baseline if task in method]
         if all(task in affinity for task in tasks):
             tasks.sort(key=list(affinity).index)
         rows += [
-            (backbone, task, groups[task], baseline[task], method[task], method[task] - baseline[task])
+            (
+                backbone,
+                task,
+                groups[task],
+                baseline[task],
+                method[task],
+                method[task] - baseline[task],
+                method[task] - finetuned.get(task, math.nan),
+            )
             for task in tasks
         ]
-    data = pd.DataFrame(rows, columns=["backbone", "task", "group", BASELINE, METHOD, "gain"])
-    return data.astype({BASELINE: float, METHOD: float, "gain": float})
+    numbers = [BASELINE, METHOD, "gain", "gain_over_finetuning"]
+    data = pd.DataFrame(rows, columns=["backbone", "task", "group", *numbers])
+    return data.astype(dict.fromkeys(numbers, float))
 
 
-def _words(rows: pd.DataFrame, backbone: str) -> str:
-    won, tasks = int((rows["gain"] > 0).sum()), f"{len(rows)} task{'s' if len(rows) > 1 else ''}"
+def _words(rows: pd.DataFrame, backbone: str, cost: float | None) -> str:
+    """What a newcomer wants to know; ``cost``: share of the operations of fine-tuning, NaN if not known."""
+    n_tasks, mean = len(rows), rows["gain"].mean()
     best = rows.to_dict("records")[int(rows["gain"].argmax())]
-    return (
-        f"{backbone}: Head2Toe beats the linear probe on {won} of {tasks}; its mean gain is "
-        f"{signed(rows['gain'].mean())} points, its largest {signed(best['gain'])} on "
-        f"{task_title(best['task'])}."
+    words = (
+        f"{backbone}: on {n_tasks} task{'s' if n_tasks > 1 else ''} Head2Toe "
+        f"{'gains' if mean >= 0 else 'loses'} {percent(abs(mean))} points of accuracy "
+        f"{'over' if mean >= 0 else 'against'} a linear probe on average ({signed(best['gain'])} on "
+        f"{task_title(best['task'])})"
+    )
+    if cost is not None and not math.isnan(cost):
+        words += f", at {100 * cost:.2g} % of the training operations of fine-tuning for as many steps"
+    return f"{words}."
+
+
+def _figures(
+    results: pd.DataFrame, rows: pd.DataFrame, backbone: str, backbones: list[str]
+) -> list[ReportFigure]:
+    """Gains over linear and over fine-tuning, and the accuracy of every method."""
+    finetuned = rows.dropna(subset="gain_over_finetuning")
+    return [
+        _bars(rows, "gain", "Linear", BASELINE, backbone, backbones),
+        *([_bars(finetuned.assign(gain=finetuned["gain_over_finetuning"]), "gain-over-finetuning",
+                 "Fine-tuning", FINETUNING, backbone, backbones)] if len(finetuned) else []),
+        _methods(results[results["backbone"] == backbone], list(rows["task"]), backbone, backbones),
+    ]  # fmt: skip
+
+
+def _methods(results: pd.DataFrame, tasks: list[str], backbone: str, backbones: list[str]) -> ReportFigure:
+    """Median accuracy of every method on every task, tasks in the order of the table."""
+    methods = methods_in_order(results)
+    colours = method_colours(methods)
+    by_method = {method: medians(results, backbone, method) for method in methods}
+    data = pd.DataFrame(
+        [
+            (method_title(method), task_title(task), round(100 * by_method[method][task], 2))
+            for method in methods
+            for task in tasks
+            if task in by_method[method]
+        ],
+        columns=["Method", "Task", "Accuracy"],
+    )
+    return draw(
+        figure_name("methods", backbone, backbones),
+        f"Test accuracy of every method, percent, {backbone}; click on one in the legend to see it alone.",
+        "The numbers are in the main table.",
+        dots(data, x="Task", y="Accuracy", series="Method", colours=colours),
+        data,
     )
 
 
-def _figure(rows: pd.DataFrame, backbone: str, backbones: list[str]) -> ReportFigure:
+def _bars(
+    rows: pd.DataFrame, name: str, title: str, baseline: str, backbone: str, backbones: list[str]
+) -> ReportFigure:
     """Bars, one per task in the order of ``rows`` from the top, coloured by group."""
-
-    def fill(axes: Axes) -> None:
-        positions, points = np.arange(len(rows)), 100 * rows["gain"].to_numpy(float)
-        colours = [GROUP_COLOURS[group] for group in rows["group"]]
-        bars = axes.barh(positions, points, color=colours, height=0.7)
-        axes.bar_label(bars, fmt="%+.1f", padding=3, fontsize=8, color=INK)
-        axes.set_yticks(positions, [task_title(task) for task in rows["task"]])
-        axes.invert_yaxis()
-        axes.axvline(0, color=INK, linewidth=0.8)
-        axes.margins(x=0.12)
-        axes.set_xlabel("test accuracy of Head2Toe minus linear, points of percent")
-        group_legend(axes, rows["group"])
-
+    data = pd.DataFrame(
+        {
+            "Task": rows["task"].map(task_title),
+            "Group": rows["group"],
+            title: (100 * (rows[METHOD] - rows["gain"])).round(2),
+            "Head2Toe": (100 * rows[METHOD]).round(2),
+            "Gain": (100 * rows["gain"]).round(2),
+        }
+    )
+    base = alt.Chart(data).encode(
+        y=alt.Y("Task:N", sort=list(data["Task"]), title=None),
+        x=alt.X("Gain:Q", title=f"test accuracy of Head2Toe minus {title.lower()}, points of percent"),
+        tooltip=list(data.columns),
+    )
+    bars = base.mark_bar(size=16).encode(color=group_colours(data))
+    ends = [
+        base.mark_text(align=side, dx=shift, fontSize=10)
+        .encode(text=alt.Text("Gain:Q", format="+.1f"))
+        .transform_filter(f"datum.Gain {sign} 0")
+        for side, shift, sign, some in (
+            ("left", 4, ">=", data["Gain"] >= 0),
+            ("right", -4, "<", data["Gain"] < 0),
+        )
+        if some.any()
+    ]
     values = "; ".join(f"{task_title(row['task'])} {signed(row['gain'])}" for row in rows.to_dict("records"))
     return draw(
-        figure_name("gain", backbone, backbones),
-        f"Gain of Head2Toe over the linear probe, {backbone}.",
+        figure_name(name, backbone, backbones),
+        f"Gain of Head2Toe over {method_title(baseline).lower()}, {backbone}.",
         f"In points of percent: {values}.",
-        (7.5, 0.9 + 0.3 * len(rows)),
-        fill,
+        alt.layer(bars, *ends).properties(width=WIDTH, height=alt.Step(24)),
+        data,
     )

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 
 from h2t.methods import METHODS
-from pipelines.report.figures import ReportFigure, draw, figure_name
+from pipelines.report.figures import ReportFigure, draw, figure_name, heat
 from pipelines.report.frames import Frames
 from pipelines.report.studies import Section
 from pipelines.report.tables import (
@@ -71,28 +70,24 @@ def _count(value: float) -> str:
 def _figure(rows: pd.DataFrame, backbones: list[str]) -> ReportFigure:
     """Tasks down, taps across, each row of colours summing to 100 %."""
     backbone, method = rows["backbone"].iloc[0], rows["method"].iloc[0]
-    shares = rows.pivot_table(index="task", columns="tap_index", values="share").fillna(0.0)
-    shares = shares.loc[list(tasks_in_order(rows))]
-    taps = list(rows.sort_values("tap_index").drop_duplicates("tap_index")["tap"])
-
-    def fill(axes: Axes) -> None:
-        mesh = axes.pcolormesh(100 * shares.to_numpy(), cmap="viridis", edgecolors="none")
-        axes.set_yticks(np.arange(len(shares)) + 0.5, [task_title(task) for task in shares.index])
-        axes.set_xticks(np.arange(len(taps)) + 0.5, taps, rotation=90, fontsize=7)
-        axes.tick_params(length=0)
-        axes.invert_yaxis()
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel("tap, from the input to the output")
-        bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05)
-        bar.set_label("% of the kept features")
-        bar.outline.set_visible(False)
-
-    height = 0.9 + 0.3 * len(shares) + 0.07 * max(len(tap) for tap in taps)
+    order = list(tasks_in_order(rows))
+    rows = rows.sort_values(
+        ["task", "tap_index"], key=lambda c: c.map(order.index) if c.name == "task" else c
+    )
+    data = pd.DataFrame(
+        {
+            "Task": rows["task"].map(task_title),
+            "Tap": rows["tap"],
+            "Share": (100 * rows["share"]).round(3),
+            "Kept": rows["n_kept"].round(1),
+            "Features": rows["n_features"],
+        }
+    )
     return draw(
         figure_name("kept_features" if method == METHOD else f"kept_features-{method}", backbone, backbones),
-        f"Where the features that {method_title(method)} keeps come from, {backbone}: each row is a task and "
-        "adds up to 100 %.",
+        f"Where the features that {method_title(method)} keeps come from, {backbone}: percent of the kept "
+        "features that each tap has, from the input to the output; each row adds up to 100 %.",
         "The numbers are in the table of features kept per tap.",
-        (min(max(4.0, 2.2 + 0.19 * len(taps)), 13.0), height),
-        fill,
+        heat(data, row="Task", column="Tap", value="Share"),
+        data,
     )

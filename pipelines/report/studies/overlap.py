@@ -5,9 +5,8 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 
-from pipelines.report.figures import ReportFigure, draw, figure_name
+from pipelines.report.figures import ReportFigure, draw, figure_name, heat
 from pipelines.report.frames import Frames
 from pipelines.report.studies import Section
 from pipelines.report.tables import ReportTable, percent, task_title, tasks_in_order, with_backbone
@@ -89,28 +88,21 @@ def _table(data: pd.DataFrame) -> ReportTable:
 
 def _figure(rows: pd.DataFrame, backbone: str, backbones: list[str]) -> ReportFigure:
     """A heat map, one row and one column per task."""
-    matrix = rows.pivot(index="task", columns="other", values="shared")
-    tasks = list(dict.fromkeys(rows["task"]))
-    shares = 100 * matrix.reindex(index=tasks, columns=tasks).to_numpy(float)
-
-    def fill(axes: Axes) -> None:
-        axes.imshow(shares, cmap="viridis", vmin=0, vmax=100)
-        titles = [task_title(task) for task in tasks]
-        axes.set_xticks(range(len(tasks)), titles, rotation=45, ha="right")
-        axes.set_yticks(range(len(tasks)), titles)
-        for row, column in np.argwhere(~np.isnan(shares)):
-            value = shares[row, column]
-            colour = "white" if value < 60 else "black"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
-
+    data = pd.DataFrame(
+        {
+            "Task": rows["task"].map(task_title),
+            "Other task": rows["other"].map(task_title),
+            "Shared": (100 * rows["shared"]).round(2),
+            "By chance": (100 * rows["chance"]).round(2),
+        }
+    )
     values = "; ".join(
-        f"{task_title(row['task'])} and {task_title(row['other'])} {percent(row['shared'], 0)}"
-        for row in rows.to_dict("records")
+        f"{row['Task']} and {row['Other task']} {row['Shared']:.0f}" for row in data.to_dict("records")
     )
     return draw(
         figure_name("overlap", backbone, backbones),
         f"Features kept on the task of the row that the task of the column keeps too, percent, {backbone}.",
         f"In percent: {values}.",
-        (2.2 + 0.45 * len(tasks), 1.6 + 0.4 * len(tasks)),
-        fill,
+        heat(data, row="Task", column="Other task", value="Shared", cell=44),
+        data,
     )

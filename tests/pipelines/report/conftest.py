@@ -1,6 +1,6 @@
 """Made-up runs: plausible numbers, seeded, as frames and as run directories."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,8 +14,10 @@ from h2t import paper
 from h2t.costs import BackboneCost
 from h2t.methods import METHODS
 from h2t.tasks import VTAB_1K, Task, find_task
-from pipelines.report.frames import SCHEMAS, Frames
+from pipelines.report.frames import FOLDERS, SCHEMAS, Frames
 from pipelines.run_directory import RunDirectory
+from pipelines.schemas import THUMBNAIL_KINDS
+from pipelines.thumbnails import thumbnail
 
 LEVELS = {"linear": 0.0, "all_l2": 0.06, "all_l1": 0.075, "all_l21": 0.08, "head2toe": 0.1, "scratch": -0.12,
           "finetune": 0.07, "head2toe_ft": 0.05, "head2toe_ft_plus": 0.11}  # fmt: skip
@@ -139,7 +141,8 @@ def write_run(uri: str, frames: Frames, record: dict[str, Any] | None = None) ->
     for kind, schema in SCHEMAS.items():
         for (backbone, task), rows in getattr(frames, kind).groupby(["backbone", "task"]):
             table = pa.Table.from_pandas(rows, schema=schema, preserve_index=False, safe=False)
-            run.write_table(f"{kind}/{backbone}/{task}/frozen/{kind}-0123abcd.parquet", table)
+            folder = FOLDERS.get(kind, kind)
+            run.write_table(f"{folder}/{backbone}/{task}/frozen/{kind}-0123abcd.parquet", table)
     for backbone, cost in frames.costs.items():
         for task in frames.results["task"].unique():
             content = {
@@ -153,6 +156,83 @@ def write_run(uri: str, frames: Frames, record: dict[str, Any] | None = None) ->
     if record is not None:
         run.write("run.yaml", yaml.safe_dump(record).encode())
     return run
+
+
+def study_frame(
+    studies: Sequence[str] | None = None, tasks: Sequence[str] = ("mnist", "solar_cells")
+) -> pd.DataFrame:
+    """Rows of studies of heads: what each compares, with made-up accuracies that rise with ``x``."""
+    random, rows = np.random.default_rng(2), []
+    taps = [f"blocks.{number}" for number in range(6)]
+    fractions = (0.01, 0.05, 0.2)
+    ways = ("head2toe", "head2toe_layerwise", "head2toe_layergroup")
+    rules = ("head2toe", "random_features", "variance_features")
+    kinds = ("head2toe", "head2toe_per_feature", "head2toe_unnormalised")
+    variants: dict[str, list[tuple[str, str, float, str]]] = {
+        "single-tap": [
+            ("embedding alone", "", -1, ""), *((t, "", n, "embedding alone") for n, t in enumerate(taps)),
+        ],
+        "taps-or-features": [
+            (f"{way} {f:g}", way, int(28296 * f), "" if way == "head2toe" else f"head2toe {f:g}")
+            for way in ways for f in fractions
+        ],
+        "relevance-offset": [(f"offset {n}", "", n, "offset 0" if n else "") for n in (0, 2048, 4096, 26248)],
+        "scaling": [
+            (f"{f:g} of the taps, T = {t}", f"{f:g}", t, "" if f == 1 else f"1 of the taps, T = {t}")
+            for t in (512, 8192) for f in (0.0625, 0.25, 1.0)
+        ],
+        "data-fraction": [
+            (f"{m} {f:g}", m, f, "" if f == 1 else f"{m} 1")
+            for m in ("linear", "head2toe") for f in (0.1, 1.0)
+        ],
+        "selection-rules": [(m, m, n, "head2toe" if n else "") for n, m in enumerate(rules)],
+        "normalisation": [(m, m, n, "head2toe" if n else "") for n, m in enumerate(kinds)],
+    }  # fmt: skip
+    for study in studies or [*variants, "transfer-selection"]:
+        for task in map(find_task, tasks):
+            of_task = variants.get(study) or [
+                (other, "", n, "" if other == task.name else task.name) for n, other in enumerate(tasks)
+            ]
+            for variant, series, x, reference in of_task:
+                accuracy = 0.6 + 0.05 * random.random()
+                difference = random.normal(0, 0.02) if reference else np.nan
+                for seed in (0, 1):
+                    rows.append({
+                        "backbone": "efficientnet_lite0", "task": task.name, "group": task.group,
+                        "study": study, "variant": variant, "series": series, "x": x, "seed": seed,
+                        "test_accuracy": accuracy,
+                        "low": accuracy - 0.02, "high": accuracy + 0.02, "reference": reference,
+                        "difference": difference, "difference_low": difference - 0.01,
+                        "difference_high": difference + 0.01, "n_test": 1000, "n_train": 1000, "n_kept": 2048,
+                        "n_features": 28296, "method": "head2toe", "target_size": 512,
+                    })  # fmt: skip
+    return pd.DataFrame(rows).reindex(columns=SCHEMAS["study_results"].names)
+
+
+def predictions_of(
+    right: Mapping[str, Mapping[str, np.ndarray]], seeds: Sequence[int] = (0,)
+) -> pd.DataFrame:
+    """Predictions that are right where bool [n_images] says so, by task and method, alike for all seeds."""
+    rows = [
+        pd.DataFrame({"label": 0, "prediction": 1 - values, "index": np.arange(len(values))}).assign(
+            backbone="efficientnet_lite0", task=task, method=method, seed=seed
+        )
+        for task, methods in right.items()
+        for method, values in methods.items()
+        for seed in seeds
+    ]
+    return pd.concat(rows, ignore_index=True).reindex(columns=SCHEMAS["predictions"].names)
+
+
+def thumbnail_frame(tasks: Sequence[str] = ("mnist", "solar_cells")) -> pd.DataFrame:
+    """Small images of every kind."""
+    image = thumbnail(np.full((40, 60, 3), 120, np.uint8))
+    rows = [
+        {"backbone": "efficientnet_lite0", "task": task, "group": find_task(task).group, "kind": kind,
+         "index": index, "label": "3", "prediction": None if kind == "training" else "8", "image": image}
+        for task in tasks for kind in THUMBNAIL_KINDS for index in range(3)
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=SCHEMAS["thumbnails"].names)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,15 @@
+import shutil
+import subprocess
+from pathlib import Path
+
 import pandas as pd
+import pytest
 
 from pipelines.report.formats import latex, markdown
+from pipelines.report.studies import sections
 from pipelines.report.studies.accuracy import accuracy_table
 from pipelines.report.studies.problems import problem_table
-from tests.pipelines.report.conftest import bad_row, result_frame
+from tests.pipelines.report.conftest import bad_row, frames_of, result_frame, study_frame
 
 
 def test_markdown_and_latex_of_a_small_table() -> None:
@@ -28,3 +34,16 @@ def test_special_characters_survive() -> None:
     assert r"\caption{100 \% \& more. 1 in all.}" in text
     assert r"a\_b \\" in text.splitlines()
     assert r"a\|b\_&lt;c>" in markdown(problem_table("bad_rows", "Images left out", bad_row()))
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
+def test_every_table_compiles(tmp_path: Path, results: pd.DataFrame) -> None:
+    frames = frames_of(results, study_results=study_frame(), bad_rows=bad_row())
+    tables = [table for section in sections(frames) for table in section.tables]
+    assert len(tables) > 15
+    body = "\n\\clearpage\n".join(latex(table) for table in tables)
+    head = "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\usepackage{booktabs}\n"
+    (tmp_path / "tables.tex").write_text(f"{head}\\begin{{document}}\n{body}\n\\end{{document}}\n")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-1500:]

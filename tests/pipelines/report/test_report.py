@@ -121,7 +121,7 @@ def test_a_new_study_is_a_new_module(
     run = write_run(str(tmp_path / "run"), frames_of(results))
     report([run], run, silent())
     page = run.read("index.html").decode()
-    positions = [page.index(f'<section id="{name}">') for name in ("table1", "made_up", "gain")]
+    positions = [page.index(f'<section id="{name}"') for name in ("table1", "made_up", "gain")]
     assert positions == sorted(positions)
     assert '<a href="#made_up">A new study</a>' in page
     assert f"It saw {len(results)} results." in page

@@ -17,8 +17,8 @@ def test_words_tell_the_largest_gain() -> None:
     shown = section(frames_of(rows.assign(test_accuracy=[0.5, 0.45, 0.25, 0.5])))
     assert shown is not None
     assert shown.words == (
-        "efficientnet_lite0: Head2Toe beats the linear probe on 1 of 2 tasks; its mean gain is +10.0 points, "
-        "its largest +25.0 on dSpr-Loc."
+        "efficientnet_lite0: on 2 tasks Head2Toe gains 10.0 points of accuracy over a linear probe on "
+        "average (+25.0 on dSpr-Loc), at 0.5 % of the training operations of fine-tuning for as many steps."
     )
     assert shown.on_top == "highlight"
     assert shown.figures[0].description == "In points of percent: MNIST −5.0; dSpr-Loc +25.0."
