@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from scipy.special import softmax
 
-from h2t.backbones.loading import Backbone, load_backbone
+from h2t.backbones.loading import Backbone
+from h2t.backbones.pair import load_section
 from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import feature_layout
 from h2t.errors import UserError
@@ -247,8 +248,7 @@ def _backbone_section(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _backbone(section: dict[str, Any], device: str) -> Backbone:
-    names = ("name", "weights", "image_size", "taps", "precision", "sha256")
-    return load_backbone(**{name: section[name] for name in names if section.get(name)}, device=device)
+    return load_section(section, device)
 
 
 def _settings(backbone: Backbone, section: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def identified_backbone(config: Config) -> dict[str, Any]:
     """The recipe's section with the hash of the weights, so that no others will be taken for them."""
     section = config.backbone
     kind, _, digest = weights_identity(section.name, section.weights, section.sha256).partition(" ")
-    return section.model_dump(mode="json") | {"sha256": digest if kind == "sha256" else None}
+    content = section.model_dump(mode="json") | {"sha256": digest if kind == "sha256" else None}
+    return content if section.second else {name: v for name, v in content.items() if name != "second"}
 
 
 def task_columns(task: TaskData) -> dict[str, str]:
@@ -75,8 +76,10 @@ def _folder(task: TaskData, first: str, *parts: str) -> str:
 def features_key(task: TaskData, split: Split) -> str:
     """Changes with whatever the features of a split depend on."""
     config = task.config
-    backbone = config.backbone.model_dump(mode="json", exclude={"weights", "sha256"})
+    backbone = config.backbone.model_dump(mode="json", exclude={"weights", "sha256", "second"})
     weights = weights_identity(config.backbone.name, config.backbone.weights, config.backbone.sha256)
+    if second := config.backbone.second:
+        backbone["second"] = [second.name, weights_identity(second.name, second.weights, second.sha256)]
     return fingerprint(
         FEATURES_VERSION, backbone, weights, task.image_identity(split), split, config.on_bad_image,
         *([] if config.deterministic == "machine" else [config.deterministic]),

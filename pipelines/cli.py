@@ -126,6 +126,75 @@ def study(
     _run(config, run_dir, ["extract", "sweep", "evaluate", "study"], address, tables=True)
 
 
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe, to check what it needs as well.")] = None,
+    run_dir: RunDir = None,
+    set_: Set = None,
+) -> None:
+    """Check the machine, and a recipe's weights, images and run directory, before hours are spent."""
+    from pipelines.doctor import examine_machine, examine_recipe
+    from pipelines.run_directory import RunDirectory
+
+    findings = examine_machine()
+    if recipe is not None:
+        config = read_recipe(recipe, set_)
+        findings += examine_recipe(config, RunDirectory(run_dir or f"runs/{config.name}"))
+    table = _table("check", "result", "found", "what to do")
+    for finding in findings:
+        table.add_row(finding.check, finding.result, finding.found, finding.fix)
+    _print(table)
+    if any(finding.result == "FAIL" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command("plan")
+def plan_command(recipe: Recipe, set_: Set = None) -> None:
+    """What a recipe will take: work, bytes, and time on 1 to 512 devices like the one at hand."""
+    from pipelines import plan
+
+    facts = plan.facts_of(read_recipe(recipe, set_))
+    rates = plan.calibrate(facts)
+    stages = plan.plan(facts, rates)
+    table = _table("stage", "work", "operations", "written", "time on one device")
+    for stage in stages:
+        written = f"{stage.bytes_written / 2**30:.3g} GiB"
+        table.add_row(stage.stage, stage.work, f"{stage.flops:.2e}", written, _duration(stage.seconds))
+    _print(table)
+    for devices in plan.DEVICES:
+        seconds = plan.total_seconds(stages, devices)
+        console.print(
+            f"{devices:>4} devices: {_duration(seconds)}, {devices * seconds / 3600:.2f} device-hours; most "
+            f"of it in {plan.bottleneck(stages, devices)}"
+        )
+    console.print(
+        f"One device is a worker of this machine ({rates.device}): {rates.images:.3g} images/s, "
+        f"{rates.head_flops / 1e9:.3g} GFLOP/s on heads, measured now."
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@app.command()
+def status(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory (or URI).")],
+) -> None:
+    """How far a run is, from its directory alone: what is done, running, failed and missing."""
+    from pipelines.run_directory import RunDirectory
+    from pipelines.status import status as read_status
+
+    rows, driver = read_status(RunDirectory(run_dir))
+    table = _table("stage", "step", "state", "done", "rate", "time left", "")
+    for row in rows:
+        table.add_row(row.stage, row.step, row.state, row.done, row.rate, row.left, row.tasks)
+    _print(table)
+    console.print(driver if rows else f"Nothing has been run into {run_dir}.")
+
+
 @app.command("report")
 def report_command(
     run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR…", help="Run directories (or URIs).")],
@@ -260,9 +329,18 @@ def taps(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one message and exit status 2."""
+    """Run the command line; a user's mistake is one message and exit status 2, a signal one and its own."""
+    from pipelines.interruption import Stopped, end_soon, stop_on_signals
+
+    stop_on_signals()
     try:
         app()
+    except Stopped as stopped:
+        end_soon(stopped.exit_code)
+        Console(stderr=True).print(
+            f"stopped by {stopped.name}; what was done is kept: the same command goes on", soft_wrap=True
+        )
+        sys.exit(stopped.exit_code)
     except UserError as error:
         Console(stderr=True).print(
             f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True

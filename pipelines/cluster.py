@@ -15,6 +15,7 @@ import ray
 
 from h2t.errors import UserError
 from pipelines.config import Resources
+from pipelines.interruption import reinstall
 
 OBJECT_STORE_BYTES = 1 << 30
 # A socket's path has at most 107 bytes, of which Ray's own part, with the longest process number, takes 67.
@@ -76,6 +77,7 @@ def connect(
     cores = cores or available_cores()
     if not ray.is_initialized():
         _start(address, cores, environment or {})
+        reinstall()
     total = ray.cluster_resources()
     nodes = sum(node["Alive"] for node in ray.nodes())
     return Cluster(int(total.get("CPU", 0)), int(total.get("GPU", 0)), nodes, address is None, cores)
@@ -108,6 +110,7 @@ def _temporary_folder() -> str | None:
 
 def _start(address: str | None, cores: int, environment: Mapping[str, str]) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would swallow Ctrl-C, then and later
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints a banner even when told to be silent
     # Of each thread's own heap glibc keeps what was freed, and Ray's workers have many threads.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")

@@ -73,6 +73,14 @@ def _weights(weights: str) -> str:
     return weights if weights in ("auto", "random") else _absolute(weights)
 
 
+class SecondBackbone(_Section):
+    """A second network, whose embedding stands beside the taps of the first."""
+
+    name: str
+    weights: Annotated[str, AfterValidator(_weights)] = "auto"
+    sha256: str | None = None
+
+
 class BackboneConfig(_Section):
     """Which frozen network is read, where its weights come from, and how images reach it.
 
@@ -87,6 +95,7 @@ class BackboneConfig(_Section):
     cls_token: Literal["normal", "only_cls", "nopool_cls"] = "normal"
     resize: Literal["bilinear", "bicubic"] = "bilinear"
     normalization: Literal["backbone", "minus_one_to_one", "imagenet"] = "backbone"
+    second: SecondBackbone | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -222,7 +231,7 @@ class Config(_Section):
 
     ``deterministic``: "machine" repeats results to the last bit on processors of one kind with one thread per
     trial; "strict" also on other kinds that have AVX2, and with more threads, at the price of using no wider
-    instructions.
+    instructions. ``control``: the network of the study of that name.
     """
 
     name: FolderName
@@ -236,6 +245,7 @@ class Config(_Section):
     seed: Seed = 0
     seeds: Values[Seed] = [0, 1, 2]
     studies: Annotated[list[StudyName], AfterValidator(_distinct)] = []
+    control: SecondBackbone | None = None
     batch_size: Count = 128
     head_precision: Precision = "float32"
     deterministic: Literal["machine", "strict"] = "machine"
@@ -269,6 +279,10 @@ class Config(_Section):
                 )
             if self.finetune.folds == 0 and any(METHODS[name].trains_backbone for name in method.best_of):
                 raise ValueError(f"methods: {method.name} needs cross-validation, but finetune.folds is 0")
+        if finetuned and self.backbone.second:
+            raise ValueError(
+                f"backbone.second: {finetuned[0].name} trains the backbone; expected methods on frozen ones"
+            )
         inside = [method.name for method in finetuned if method.features == "kept"]
         if inside and self.finetune.gradient_checkpointing:
             raise ValueError(
@@ -288,6 +302,8 @@ class Config(_Section):
             missing = [method for method in find_study(name).needs if method not in self.methods]
             if missing:
                 raise ValueError(f"studies: {name} builds on {missing[0]}; expected it among methods")
+            if name == "control" and self.control is None:
+                raise ValueError("studies: control needs a second network; expected control: {name: …}")
         return self
 
     @model_validator(mode="after")

@@ -11,11 +11,13 @@ from h2t.device import slow_in_bfloat16
 from h2t.methods import METHODS
 from pipelines import evaluate, extract, finetune, study, sweep
 from pipelines.config import Config
+from pipelines.lock import locked
 from pipelines.products import is_whole
 from pipelines.progress import StageProgress
 from pipelines.run_directory import RunDirectory
 from pipelines.run_record import write_record
-from pipelines.session import Product, Session, Step
+from pipelines.session import Advance, Product, Session, Step
+from pipelines.status import StepNote, StepRecorder, by_tasks
 
 STAGES: dict[str, Sequence[Step]] = {
     "extract": extract.STEPS,
@@ -31,7 +33,8 @@ def run_stages(
 ) -> dict[str, float]:
     """Run some of the stages, each as far as its files are missing; wall seconds of each.
 
-    Raises UserError for what the user can mend, before any work where it can be known by then.
+    Raises UserError for what the user can mend, before any work where it can be known by then; so also where
+    another driver is at work in the directory.
     """
     session = Session(config, RunDirectory(uri), console, address)
     for task in session.tasks.values():  # images that are not there are told before anything is written
@@ -43,15 +46,16 @@ def run_stages(
             "bfloat16 is about ten times slower than float32 on this processor, which has no AVX-512: "
             "choose float32 for backbone.precision, head_precision and finetune.precision"
         )
-    write_record(config, session.run)
     seconds = {}
-    for stage in stages:
-        started = time.monotonic()
-        for step in STAGES[stage]:
-            run_step(session, step)
-        seconds[stage] = time.monotonic() - started
-    if "study" in stages:
-        seconds["study"] += run_recipes(config, uri, console, address)
+    with locked(session.run):
+        write_record(config, session.run)
+        for stage in stages:
+            started = time.monotonic()
+            for step in STAGES[stage]:
+                run_step(session, step, stage)
+            seconds[stage] = time.monotonic() - started
+        if "study" in stages:
+            seconds["study"] += run_recipes(config, uri, console, address)
     return seconds
 
 
@@ -76,7 +80,7 @@ def precisions(config: Config) -> set[str]:
     }  # fmt: skip
 
 
-def run_step(session: Session, step: Step) -> int:
+def run_step(session: Session, step: Step, stage: str) -> int:
     """Set aside what is stale or damaged and make what is missing; how many units that was."""
     products = step.products(session)
     missing = [unit for product in products for unit in _reconcile(session, step, product)]
@@ -84,11 +88,27 @@ def run_step(session: Session, step: Step) -> int:
     if step.brief:
         step.make(session, missing, lambda count, note: None)
     elif missing:
-        with StageProgress(session.console, step.title, total, step.unit) as progress:
-            step.make(session, missing, progress.advance)
+        position = list(STAGES).index(stage) * 10 + STAGES[stage].index(step)
+        by_task = {task: step.count(units) for task, units in by_tasks(missing).items()}
+        note = StepNote(stage, step.title, position, step.unit, total, by_task)
+        with (
+            StageProgress(session.console, step.title, total, step.unit) as progress,
+            StepRecorder(session.run, note) as recorder,
+        ):
+            step.make(session, missing, in_both(progress.advance, recorder.advance))
     elif products:
         session.console.print(f"{step.title:<9} nothing to do: all {step.unit} are there")
     return total
+
+
+def in_both(first: Advance, second: Advance) -> Advance:
+    """Count for the screen and for the run directory."""
+
+    def advance(count: int, place: str) -> None:
+        first(count, place)
+        second(count, place)
+
+    return advance
 
 
 def _reconcile(session: Session, step: Step, product: Product) -> list[Any]:

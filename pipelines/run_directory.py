@@ -5,6 +5,7 @@
 
 import io
 import json
+import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable
@@ -81,6 +82,31 @@ class RunDirectory:
         """Write a file that appears whole or not at all."""
         with self.writing(name) as sink:
             sink.write(data)
+
+    @property
+    def local(self) -> bool:
+        """Whether it is on a file system, where a file can be created exclusively, and not in a store."""
+        return isinstance(open_filesystem(self.uri)[0], fs.LocalFileSystem)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file unless one of that name is there; whether it was written.
+
+        In an object store two writers at the same moment may both succeed: the later one's stands.
+        """
+        if not self.local:
+            if self.exists(name):
+                return False
+            self.write(name, data)
+            return True
+        self.write(temporary := f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{name}", data)
+        target = self._locate(name)[1]
+        try:
+            os.link(self._locate(temporary)[1], target)
+        except FileExistsError:
+            return False
+        finally:
+            self.delete(temporary)
+        return True
 
     def writing(self, name: str) -> "_AtomicFile":
         """A context with a binary sink; the file appears under its name when the context ends well."""

@@ -40,7 +40,7 @@ def write_record(config: Config, run: RunDirectory) -> None:
 
     It leaves out which studies are asked for, which changes nothing else.
     """
-    record, config = read_record(run), config.model_copy(update={"studies": []})
+    record, config = read_record(run), config.model_copy(update={"studies": [], "control": None})
     current = fingerprint(config)
     if record.get("fingerprint") == current:
         return

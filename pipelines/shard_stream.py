@@ -14,7 +14,8 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from h2t.backbones.loading import Backbone, load_backbone
+from h2t.backbones.loading import Backbone
+from h2t.backbones.pair import load_section
 from h2t.backbones.tap_reader import TapReader
 from h2t.device import default_device
 from h2t.errors import UserError
@@ -204,15 +205,11 @@ def decoded_images(batch: pa.Table) -> tuple[list[np.ndarray], np.ndarray]:
 
 def load(config: BackboneConfig, device: str = "cpu", weights: str | None = None) -> Backbone:
     """The backbone of a recipe, with its weights or others."""
-    return load_backbone(
-        config.name,
-        weights=weights or config.weights,
-        image_size=config.image_size,
-        taps=config.taps,
-        device=device,
-        precision=config.precision,
-        sha256=None if weights else config.sha256,
-    )
+    section = config.model_dump(exclude={"resize", "cls_token"})
+    if weights:
+        section |= {"weights": weights, "sha256": None}
+        section["second"] = section["second"] and section["second"] | {"weights": weights, "sha256": None}
+    return load_section(section, device)
 
 
 def preprocessing_of(config: BackboneConfig) -> Preprocessing:

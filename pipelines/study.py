@@ -118,7 +118,7 @@ def recipes(config: Config) -> dict[str, dict[str, Config]]:
             f"studies/recipes/{name}/{variant}": config.model_copy(
                 update={
                     "backbone": config.backbone.model_copy(update=dict(changes)),
-                    "methods": list(study.needs),
+                    "methods": list(study.methods),
                     "studies": [],
                 }
             )

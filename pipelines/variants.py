@@ -68,10 +68,12 @@ class Study:
 
 @dataclass(frozen=True)
 class RecipeStudy:
-    """A study of other features: ``needs`` of the recipe's methods with other settings of its backbone.
+    """A study of other features: ``methods`` with other settings of the recipe's backbone.
 
-    ``backbones``: the changed settings of that section for each variant, by its name.
+    ``backbones``: the changed settings of that section for each variant, by its name; ``needs``: methods of
+    the recipe that they are compared with.
     """
 
     backbones: Callable[[Config], Mapping[str, Mapping[str, Any]]]
+    methods: tuple[str, ...] = ("head2toe",)
     needs: tuple[str, ...] = ("head2toe",)

@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
+from pipelines.cli import app
 from pipelines.cluster import Cluster, connect
 from pipelines.config import Config
 from pipelines.recipe import parse_config
@@ -64,6 +66,14 @@ def output(console: Console) -> str:
     """What a console that writes to memory has shown."""
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    """Exit status and output of the command line, in this process."""
+    found = CliRunner().invoke(app, list(arguments))
+    if found.exception and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    return found.exit_code, found.output
 
 
 def png(pixels: np.ndarray) -> bytes:

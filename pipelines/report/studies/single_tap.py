@@ -9,7 +9,15 @@ from pipelines.report.figures import PALETTE, ReportFigure, draw, figure_name, h
 from pipelines.report.frames import Frames, model_name
 from pipelines.report.studies import Section
 from pipelines.report.studies.affinity import affinities
-from pipelines.report.tables import ReportTable, by_backbone, percent, signed, task_title, with_backbone
+from pipelines.report.tables import (
+    ReportTable,
+    by_backbone,
+    medians,
+    percent,
+    signed,
+    task_title,
+    with_backbone,
+)
 from pipelines.report.trained import points, variant_rows, variant_table
 
 NAME, TITLE = "single-tap", "The embedding and one more tap"
@@ -19,7 +27,8 @@ NOTE = (
     "cross-validation; reference: the embedding alone."
 )
 ORACLE_NOTE = (
-    "The oracle is the tap that is best on the test images themselves, task by task: a bound, not a method."
+    "The oracle is the tap that is best on the test images themselves, task by task: a bound, not a method. "
+    "Control: the embeddings of two networks, where the study of that name was run."
 )
 
 
@@ -28,7 +37,7 @@ def section(frames: Frames) -> Section | None:
     rows = variant_rows(frames, NAME)
     if rows.empty:
         return None
-    best = oracle(rows)
+    best = with_control(oracle(rows), frames)
     tables = [
         _oracle_table(best),
         variant_table(NAME, TITLE, NOTE, rows, header="Tap"),
@@ -62,6 +71,14 @@ def oracle(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["backbone", "task", "group", "alone", "tap", "oracle", "gain"])
 
 
+def with_control(best: pd.DataFrame, frames: Frames) -> pd.DataFrame:
+    """The oracle's rows with the accuracy of both networks' embeddings, NaN where that was not run."""
+    results = frames.recipes.get(("control", "second"), Frames()).finished
+    known = {name: medians(results, name, "all") for name in results["backbone"].unique()}
+    keys = zip(best["backbone"], best["task"], strict=True)
+    return best.assign(control=[known.get(backbone, {}).get(task, math.nan) for backbone, task in keys])
+
+
 def tap_correlations(rows: pd.DataFrame, affinity: pd.DataFrame) -> pd.DataFrame:
     """Figure 8, right: Spearman's correlation over tasks of a tap's relative gain with domain affinity."""
     known = {(r["backbone"], r["task"]): r["affinity"] for r in affinity.to_dict("records")}
@@ -90,6 +107,7 @@ def _oracle_table(best: pd.DataFrame) -> ReportTable:
             "Oracle": best["oracle"].map(percent),
             "Gain": best["gain"].map(signed),
             "Tap": best["tap"],
+            **({"Control": best["control"].map(percent)} if best["control"].notna().any() else {}),
         }
     )
     note = ORACLE_NOTE

@@ -181,6 +181,11 @@ def test_the_report_has_a_section_of_every_study(run: RunDirectory) -> None:
         ({"studies": ["scaling", "scaling"]}, "expected every value once"),
         ({"studies": ["relevance-offset"], "methods": ["linear"]}, "relevance-offset builds on head2toe"),
         ({"studies": ["activations"], "methods": ["linear"]}, "activations builds on head2toe"),
+        ({"studies": ["control"]}, "control needs a second network"),
+        (
+            {"backbone": {"second": {"name": "test_resnet"}, "weights": "auto"}, "methods": ["finetune"]},
+            "backbone.second: finetune trains the backbone",
+        ),
     ],
 )
 def test_studies_that_cannot_be_are_one_clear_error(images: Path, settings: dict, message: str) -> None:
@@ -193,15 +198,19 @@ def test_other_features_get_runs_of_their_own_that_the_report_compares(
     images: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
     run = RunDirectory(str(tmp_path))
-    config = recipe(images, studies=["activations", "class-token"])
+    second = {"name": "test_resnet", "weights": "random"}
+    config = recipe(images, studies=["activations", "class-token", "single-tap", "control"], control=second)
     console = Console(file=io.StringIO(), width=120)
     run_stages(config, run.uri, list(STAGES), console)
     assert "class-token: test_efficientnet has nothing to compare" in output(console)
     runs = {name.split("/")[3] for name in run.names("studies/recipes", recursive=True)}
-    assert runs == {"with_input", "pre_normalization", "pre_activation"}
+    others = {"with_input", "pre_normalization", "pre_activation"}
+    assert runs == others | {"second"}
     report([run], run.subdirectory("report"), console)
+    control = pd.read_parquet(io.BytesIO(run.read("report/single-tap-oracle.parquet")))["control"]
+    assert control.notna().all()
     rows = pd.read_parquet(io.BytesIO(run.read("report/activations.parquet")))
-    assert set(rows["variant"]) == runs | {"original"}
+    assert set(rows["variant"]) == others | {"original"}
     original = rows.query("variant == 'original'").set_index("task")["accuracy"]
     medians = of_the_run(run, "head2toe").groupby("task").median()
     pd.testing.assert_series_equal(original.sort_index(), medians, check_names=False)

@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM end a command at once, in one line, so that the same command goes on later."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+SECONDS_TO_END = 8.0
+
+
+class Stopped(BaseException):
+    """A signal has asked the command to end. Nothing but ``main`` catches it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell has it: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.number
+
+    @property
+    def name(self) -> str:
+        """The signal's."""
+        return signal.Signals(self.number).name
+
+
+_installed = False
+
+
+def stop_on_signals() -> None:
+    """Have SIGINT and SIGTERM raise ``Stopped`` in the main thread from now on."""
+    global _installed
+    _installed = True
+    reinstall()
+
+
+def reinstall() -> None:
+    """Take the signals back from a library that has put handlers of its own in place."""
+    if _installed and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise Stopped(number)
+
+
+def end_soon(exit_code: int) -> None:
+    """Ignore further signals, and end this process even if the libraries' own ends hang."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    timer = threading.Timer(SECONDS_TO_END, os._exit, [exit_code])
+    timer.daemon = True
+    timer.start()
