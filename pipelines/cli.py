@@ -328,24 +328,33 @@ def taps(
     _print(table)
 
 
-def main() -> None:
-    """Run the command line; a user's mistake is one message and exit status 2, a signal one and its own."""
-    from pipelines.interruption import Stopped, end_soon, stop_on_signals
-
-    stop_on_signals()
+def _answer() -> None:
+    """Run the command line; a user's mistake is one message and exit status 2."""
     try:
         app()
-    except Stopped as stopped:
-        end_soon(stopped.exit_code)
-        Console(stderr=True).print(
-            f"stopped by {stopped.name}; what was done is kept: the same command goes on", soft_wrap=True
-        )
-        sys.exit(stopped.exit_code)
     except UserError as error:
         Console(stderr=True).print(
             f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True
         )
         sys.exit(2)
+
+
+def main() -> None:
+    """Run the command line; a signal, too, is one message and its exit status."""
+    from pipelines.interruption import end_soon, signal_behind, stop_on_signals
+
+    stop_on_signals()
+    try:
+        _answer()
+    except BaseException as error:
+        stopped = signal_behind(error)
+        if stopped is None:
+            raise
+        end_soon(stopped.exit_code)
+        Console(stderr=True).print(
+            f"stopped by {stopped.name}; what was done is kept: the same command goes on", soft_wrap=True
+        )
+        sys.exit(stopped.exit_code)
 
 
 if __name__ == "__main__":

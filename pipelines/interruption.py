@@ -26,6 +26,15 @@ class Stopped(BaseException):
         return signal.Signals(self.number).name
 
 
+def signal_behind(error: BaseException | None) -> Stopped | None:
+    """The signal that an exception goes back to: compiled code wraps what a handler raises in it."""
+    if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
+        return Stopped(signal.SIGTERM)  # by the handler that Ray has in place while it starts
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 _installed = False
 
 

@@ -271,6 +271,7 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_checkpoint(
     pd.testing.assert_frame_equal(*rows)
 
 
+@pytest.mark.slow
 def test_two_workers_train_what_one_does(images: Path, weights: str, tmp_path: Path) -> None:
     """In two parts each. Batch norm is frozen: on batch statistics every part would be normalised alone."""
     states = []

@@ -16,6 +16,7 @@ from tests.pipelines.conftest import result_rows, run_all, small_config
 
 ROOT = Path(__file__).parents[2]
 MOMENTS = ("run.yaml", "features/**/*.parquet", "trials/**/*.parquet", "heads/**/*.safetensors")
+SOME = MOMENTS[2:]
 SECONDS = 10  # the longest that an end may take, on a busy machine too
 
 
@@ -32,16 +33,23 @@ def processes_of(session: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "moments"),
+    [
+        (signal.SIGINT, SOME),
+        pytest.param(signal.SIGINT, MOMENTS, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, MOMENTS, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.timeout(400)
 def test_signals_end_a_run_in_one_line_and_it_goes_on(
-    images: Path, tmp_path: Path, number: signal.Signals
+    images: Path, tmp_path: Path, number: signal.Signals, moments: tuple[str, ...]
 ) -> None:
     config = small_config(images, ("first",), methods=["linear", "head2toe"])
     folder, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = [sys.executable, "-m", "pipelines", "run", str(recipe), "--run-dir", str(folder)]
-    for moment in MOMENTS:
+    for moment in moments:
         if moment != "run.yaml" and list(folder.glob(moment)):
             continue
         process = subprocess.Popen(

@@ -35,6 +35,7 @@ def run_variant(tmp_path: Path, images: dict[str, Any], **settings: Any) -> RunD
     return run
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_with_shuffled_folds_bicubic_and_heads_in_bfloat16(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 12)):
@@ -66,6 +67,7 @@ def test_shuffled_folds_hold_every_image_once_and_in_another_order(images: Path)
         assert validation.tolist() != list(range(validation[0], validation[0] + 5))
 
 
+@pytest.mark.slow
 def test_a_web_dataset_with_the_papers_own_folds_and_a_backbone_in_bfloat16(tmp_path: Path) -> None:
     """Folds are cut from other images than the heads are trained on: their own features, their own trials."""
     generator = np.random.default_rng(0)

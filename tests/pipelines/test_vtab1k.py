@@ -54,6 +54,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_recipe_ends_in_the_table_of_19_tasks(
     archive: Path, tmp_path: Path, console: Console, cluster: Cluster
