@@ -23,6 +23,7 @@ from h2t.backbones.loading import Backbone
 from h2t.backbones.pair import load_section
 from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import feature_layout
+from h2t.checksum import check_digest, tensor_digest
 from h2t.errors import UserError
 from h2t.extraction import AnyImage, extract_features, prepared_batches, preprocessing_for
 from h2t.features import FeatureLayout
@@ -78,6 +79,7 @@ def save_head(
     }
     if head.neighbours:
         tensors["neighbours"] = np.ascontiguousarray(head.neighbours.labels, dtype=np.int64)
+    content["sha256"] = tensor_digest(save(tensors))
     # safetensors writes several metadata entries in any order, but a single one always alike.
     data = save(tensors, metadata={ENTRY: json.dumps(content, sort_keys=True)})
     if isinstance(destination, str | os.PathLike):
@@ -208,6 +210,7 @@ def _head(data: bytes) -> tuple[Head, dict[str, Any]]:
     content = metadata[ENTRY]
     if content["format"] != FORMAT:
         raise ValueError(f"expected format {FORMAT}, got {content['format']}")
+    check_digest(data, content["sha256"])
     classes, k = content["classes"], content["neighbours"]
     n_classes = classes if isinstance(classes, int) else len(classes)
     head = Head(

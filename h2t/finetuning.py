@@ -45,6 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 from h2t.backbones.loading import Backbone
 from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import TapReader, feature_layout
+from h2t.checksum import check_digest, tensor_digest
 from h2t.errors import UserError
 from h2t.features import FeatureLayout, unit_norm
 from h2t.images.preprocessing import Preprocessing, to_batch
@@ -245,6 +246,7 @@ def save_model(model: TrainableModel, features: KeptFeatures, content: dict[str,
     tensors["kept"] = torch.from_numpy(features.kept)
     described = {"target_size": features.target_size, **asdict(features.layout)}
     described |= {"precision": model.options.precision, "content": content}
+    described["sha256"] = tensor_digest(save(tensors))
     return save(tensors, metadata={MODEL: json.dumps(described, sort_keys=True)})
 
 
@@ -253,6 +255,7 @@ def load_model(
 ) -> tuple[TrainableModel, dict[str, Any]]:
     """An adapted model in evaluation mode, and its content; ``backbone`` gives the architecture alone."""
     tensors, described = load(data), read_metadata(data)[MODEL]
+    check_digest(data, described["sha256"])
     layout = FeatureLayout(tuple(described["taps"]), tuple(described["widths"]))
     features = KeptFeatures(tensors.pop("kept").numpy(), layout, described["target_size"])
     plain = replace(options, gradient_checkpointing=False)

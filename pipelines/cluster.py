@@ -17,7 +17,8 @@ from h2t.errors import UserError
 from pipelines.config import Resources
 from pipelines.interruption import reinstall
 
-OBJECT_STORE_BYTES = 1 << 30
+OBJECT_STORE_BYTES = 1 << 30  # of a cluster that is started here, beside what feature matrices take
+LARGEST_SHARE = 0.5  # of the memory, and of /dev/shm 0.9, that the object store may have
 # A socket's path has at most 107 bytes, of which Ray's own part, with the longest process number, takes 67.
 LONGEST_FOLDER = 40
 SHORT_FOLDER = "/tmp"
@@ -52,23 +53,29 @@ def without_line(words: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Logical resources of the cluster; ``local`` when it was started here, on ``cores`` real cores."""
+    """Logical resources of the cluster; ``local`` when it was started here, on ``cores`` real cores.
+
+    ``store_bytes``: of the smallest object store of its nodes.
+    """
 
     cpus: int
     gpus: int
     nodes: int
     local: bool
     cores: int
+    store_bytes: int = OBJECT_STORE_BYTES
 
 
 def connect(
     address: str | None = None,
     cores: int | None = None,
     environment: Mapping[str, str] | None = None,
+    store_bytes: int = 0,
 ) -> Cluster:
     """Connect to the cluster at ``address`` (or ``RAY_ADDRESS``), or start one on this machine.
 
-    ``environment``: variables of every worker.
+    ``environment``: variables of every worker; ``store_bytes``: what is to find room in the object store of a
+    cluster that is started here, as far as memory and ``/dev/shm`` allow.
 
     Raises UserError when there is no cluster at the address, or that is one of the dashboard.
     """
@@ -76,11 +83,23 @@ def connect(
     address = address or os.environ.get("RAY_ADDRESS")
     cores = cores or available_cores()
     if not ray.is_initialized():
-        _start(address, cores, environment or {})
+        _start(address, cores, environment or {}, store_bytes)
         reinstall()
     total = ray.cluster_resources()
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    return Cluster(int(total.get("CPU", 0)), int(total.get("GPU", 0)), nodes, address is None, cores)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    stores = [int(node["Resources"].get("object_store_memory", 0)) for node in nodes]
+    cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
+    return Cluster(cpus, gpus, len(nodes), address is None, cores, min(stores, default=0))
+
+
+def object_store_bytes(wanted: int) -> int:
+    """Bytes for this machine's object store: what is wanted beside the usual, as far as there is room."""
+    import psutil
+
+    limits = [int(LARGEST_SHARE * psutil.virtual_memory().total)]
+    with suppress(OSError):
+        limits.append(int(0.9 * shutil.disk_usage("/dev/shm").free))
+    return max(min(OBJECT_STORE_BYTES + wanted, *limits), min(OBJECT_STORE_BYTES, limits[0]))
 
 
 def _check_address(given: str | None, in_environment: str | None) -> None:
@@ -108,7 +127,7 @@ def _temporary_folder() -> str | None:
     )
 
 
-def _start(address: str | None, cores: int, environment: Mapping[str, str]) -> None:
+def _start(address: str | None, cores: int, environment: Mapping[str, str], store_bytes: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would swallow Ctrl-C, then and later
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints a banner even when told to be silent
@@ -124,7 +143,7 @@ def _start(address: str | None, cores: int, environment: Mapping[str, str]) -> N
         ray.init(
             num_cpus=cores + SPARE_CPUS,
             include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=object_store_bytes(store_bytes),
             _temp_dir=_temporary_folder(),
             **quiet,
         )

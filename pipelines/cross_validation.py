@@ -18,7 +18,7 @@ from h2t.head2toe import Head
 from h2t.metrics import accuracy, cross_entropy
 from pipelines.artifacts import features, task_columns, write_rows
 from pipelines.cluster import concurrent_trials, slots, trial_resources
-from pipelines.feature_cache import FeatureCache, cached_features
+from pipelines.feature_cache import FeatureCache, cached_features, matrices_kept
 from pipelines.feature_files import FeatureMatrix
 from pipelines.head_training import fit_heads
 from pipelines.jobs import Job, run_jobs
@@ -55,7 +55,10 @@ def make_trials(stage: str, session: Session, missing: Sequence[Trial], advance:
         for pack in packs
         for task in [session.tasks[pack.trials[0].task]]
     }
-    cache = FeatureCache.options(num_cpus=0).remote(run, files)  # type: ignore[attr-defined]
+    largest = max(session.matrix_bytes[pack.target_size] for pack in packs)
+    cache = FeatureCache.options(num_cpus=0).remote(  # type: ignore[attr-defined]
+        run, files, matrices_kept(largest, cluster.store_bytes)
+    )
     try:
         run_jobs(
             session,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from h2t.adapter import load_head
 from pipelines.artifacts import (
     HeadToTrain,
     chosen_from_trials,
@@ -24,6 +23,7 @@ from pipelines.artifacts import (
 )
 from pipelines.choice import read_chosen
 from pipelines.head_training import train_heads
+from pipelines.model_files import read_head
 from pipelines.prediction import stream_predictions
 from pipelines.products import Files, Gap, RowFiles, count_rows
 from pipelines.results import kept_rows, outcome_of_head, prediction_table, result_rows
@@ -93,7 +93,7 @@ def make_results(session: Session, tasks: Sequence[str], advance: Advance) -> No
         weights = manifest["backbone"]["loaded"]
         outcomes, counts = [], []
         for file in files:  # one at a time: a head on all features can have gigabytes
-            head, provenance = load_head(run.read(file))
+            head, provenance = read_head(run, file)
             outcomes.append(outcome_of_head(head, provenance, weights, session.config.batch_size))
             counts += kept_rows(task, head)
         predicted = run.read_frame(predictions(task, "frozen", files).names(run))

@@ -10,6 +10,7 @@ from h2t.backbones.pretrained import find_weights, name_in_timm, weights_identit
 from h2t.backbones.tap_reader import feature_layout
 from h2t.costs import measure_backbone
 from pipelines.artifacts import backbone_folder, bad_rows, features, features_key, manifest, write_rows
+from pipelines.backbone import load
 from pipelines.config import Config
 from pipelines.feature_files import FeatureTable, write_features
 from pipelines.products import Gap, RowFiles, Shard, count_rows, shards
@@ -17,7 +18,7 @@ from pipelines.run_directory import RunDirectory
 from pipelines.run_record import package_versions
 from pipelines.schemas import BAD_ROWS
 from pipelines.session import Advance, Session, Step
-from pipelines.shard_stream import FeatureReader, load, process_shards
+from pipelines.shard_stream import FeatureReader, process_shards
 from pipelines.task_data import TaskData
 
 

@@ -6,13 +6,14 @@ import numpy as np
 import torch
 
 from h2t.device import default_device
-from h2t.finetuning import OutOfMemory, TrainableModel, load_model, predict_logits
+from h2t.finetuning import OutOfMemory, TrainableModel, predict_logits
 from pipelines.artifacts import Finetuning
+from pipelines.backbone import preprocessing_of
 from pipelines.finetune_trial import backbone_to_train, with_advice
+from pipelines.model_files import read_model
 from pipelines.products import Shard
 from pipelines.results import prediction_table
 from pipelines.run_directory import RunDirectory
-from pipelines.shard_stream import preprocessing_of
 from pipelines.task_data import TaskData
 
 
@@ -42,9 +43,8 @@ class FinetunedPredictor:
         for member in self.members[task.name]:
             # The architecture alone: the weights are in the file.
             backbone = backbone_to_train(config, pretrained=False, seed=0, device=default_device())
-            model, content = load_model(
-                self.run.read(member.file), backbone, config.finetune.options(), config.backbone.cls_token
-            )
+            options = config.finetune.options()
+            model, content = read_model(self.run, member.file, backbone, options, config.backbone.cls_token)
             self.models.append(model if content["status"] == "done" else None)
         self.task = task.name
 

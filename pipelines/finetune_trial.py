@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch.distributed import get_rank, is_initialized
 
-from h2t.adapter import load_head
 from h2t.backbones.loading import Backbone, load_backbone
 from h2t.device import default_device
 from h2t.errors import UserError
@@ -35,12 +34,14 @@ from h2t.images.source import BadImage
 from h2t.methods import METHODS
 from h2t.metrics import accuracy, cross_entropy
 from pipelines.artifacts import Finetuning, task_columns, write_rows
+from pipelines.backbone import preprocessing_of
 from pipelines.config import Config
 from pipelines.feature_files import read_features
 from pipelines.head_training import fit_heads, shuffle_of, training_machine
+from pipelines.model_files import read_head
 from pipelines.run_directory import RunDirectory
 from pipelines.schemas import TRIALS
-from pipelines.shard_stream import preprocessing_of, read_in_turn
+from pipelines.shard_stream import read_in_turn
 from pipelines.task_data import Split, TaskData
 
 MEMORY_ADVICE = (
@@ -74,7 +75,7 @@ def base_features(
     if member.base is None:
         return None
     if member.fold is None:
-        head = load_head(run.read(files[0]))[0]
+        head = read_head(run, files[0])[0]
     else:
         matrix = read_features(run, files)
         (head,) = fit_heads(task, matrix, [member.base], [member.seed], member.fold)

@@ -11,13 +11,14 @@ import numpy as np
 import ray
 import torch
 
-from h2t.adapter import load_head, save_head
+from h2t.adapter import save_head
 from h2t.device import default_device, processor
 from h2t.head2toe import Head, fit
 from h2t.hyperparameters import Hyperparameters
 from pipelines.artifacts import HeadToTrain, features, identified_backbone
 from pipelines.cluster import trial_resources
 from pipelines.feature_files import FeatureMatrix, read_features
+from pipelines.model_files import read_head
 from pipelines.run_directory import RunDirectory
 from pipelines.scope import EVERYTHING, Scope
 from pipelines.session import Advance, Session
@@ -116,7 +117,7 @@ def _train_scope(
     for job in jobs:
         files.setdefault((job.point, job.seed), []).append(job.file)
     points, seeds = (list(dict.fromkeys(values)) for values in zip(*files, strict=True))
-    kept = {job.seed: load_head(run.read(job.kept))[0].kept for job in jobs if job.kept}
+    kept = {job.seed: read_head(run, job.kept)[0].kept for job in jobs if job.kept}
     started = time.perf_counter()
     trained = list(fit_heads(task, matrix, points, seeds, scope=jobs[0].scope, kept=kept))
     seconds = (time.perf_counter() - started) / len(trained)

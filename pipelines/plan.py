@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from h2t.backbones.loading import Backbone
-from h2t.backbones.pair import load_section
 from h2t.backbones.tap_reader import TapReader, feature_layout
 from h2t.costs import finetuning_flops, head_flops, measure_backbone
 from h2t.device import default_device
@@ -22,6 +21,7 @@ from h2t.features import FeatureLayout
 from h2t.head2toe import fit
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
+from pipelines.backbone import load
 from pipelines.config import Config
 from pipelines.task_data import TaskData, open_task
 
@@ -72,10 +72,7 @@ class _Facts:
 
 def facts_of(config: Config) -> _Facts:
     """The opened tasks, and the backbone with random weights. Raises UserError as a run would."""
-    section = config.backbone.model_dump() | {"weights": "random", "sha256": None}
-    if section["second"]:
-        section["second"] |= {"weights": "random", "sha256": None}
-    backbone = load_section(section)
+    backbone = load(config.backbone, weights="random")
     sizes, token = config.grid.target_size, config.backbone.cls_token
     layouts = {size: feature_layout(backbone, size, token) for size in sizes}
     return _Facts(config, [open_task(config, task.name) for task in config.tasks], backbone, layouts)

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from h2t.adapter import load_head
 from h2t.head2toe import HeadBank
 from pipelines.artifacts import HeadToTrain
 from pipelines.config import Config
+from pipelines.model_files import read_head
 from pipelines.products import Gap, Shard, shards
 from pipelines.run_directory import RunDirectory
 from pipelines.session import Advance, Session
@@ -54,7 +54,7 @@ class Predictor:
             self.task, self.banks = task.name, {}
         for tag, _ in shard.files:
             if tag not in self.banks:
-                heads = [load_head(self.run.read(job.file))[0] for job in self.tables[task.name][tag]]
+                heads = [read_head(self.run, job.file)[0] for job in self.tables[task.name][tag]]
                 self.banks[tag] = HeadBank(heads, self.reader.device)
         banks = {tag: self.banks[tag] for tag, _ in shard.files}
         parts = {

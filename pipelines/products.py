@@ -7,12 +7,12 @@ with what is there. Trials lie in files of any composition, and each row says wh
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pandas as pd
-import pyarrow as pa
 
 from h2t.errors import UserError
 from h2t.hyperparameters import Hyperparameters
@@ -28,6 +28,10 @@ class Files:
 
     folder: str
     units: Mapping[str, Any]
+
+    def is_whole(self, run: RunDirectory, name: str) -> bool:
+        """Whether a file can be read as what its ending says."""
+        return is_whole(run, name)
 
     def is_current(self, run: RunDirectory, name: str, location: str) -> bool:
         """Whether it is one of these files."""
@@ -46,6 +50,10 @@ class KeyedFiles:
     folder: str
     keys: Sequence[str]
     units: Mapping[str, Any]
+
+    def is_whole(self, run: RunDirectory, name: str) -> bool:
+        """Whether a file can be read as what its ending says."""
+        return is_whole(run, name)
 
     def is_current(self, run: RunDirectory, name: str, location: str) -> bool:
         """Whether it is one of these files, or ends in one of the keys."""
@@ -70,7 +78,8 @@ class Gap:
 class RowFiles:
     """A table of the rows of one split, cut into files anyhow; each is named after the rows that it holds.
 
-    ``tag`` tells tables of the same rows apart.
+    ``tag`` tells tables of the same rows apart; ``labels``: int32 [n_rows] that its rows must have;
+    ``bad_rows``: where the names of the lists of rows that are left out begin.
     """
 
     folder: str
@@ -80,6 +89,29 @@ class RowFiles:
     n_rows: int
     tag: int | str
     stage: str
+    labels: np.ndarray | None = field(default=None, compare=False, repr=False)
+    bad_rows: str = ""
+
+    def is_whole(self, run: RunDirectory, name: str) -> bool:
+        """Whether a file has just the rows that its name says, each with its label, bad rows aside.
+
+        Of a table with several rows for an image, each image has as many. Only these columns are read; the
+        others are checked when they are.
+        """
+        try:
+            keys = run.read_table([name], ["index", "label"])
+        except (UserError, OSError):
+            return False
+        if self.labels is None or not self.holds_rows(name):
+            return True
+        index, labels = (keys[column].to_numpy() for column in ("index", "label"))
+        rows = self.rows(name)
+        listed = f"{self.bad_rows}-{rows.start:06d}-{rows.stop:06d}-"
+        lists = [file for file in run.names(listed.rpartition("/")[0]) if file.startswith(listed)]
+        bad = run.read_frame(lists, ["index"])["index"].to_numpy() if lists else np.empty(0, int)
+        found, counts = np.unique(index, return_counts=True)
+        whole = np.array_equal(found, np.setdiff1d(np.arange(rows.start, rows.stop), bad))
+        return whole and len(set(counts)) <= 1 and bool((labels == self.labels[index]).all())
 
     def name(self, start: int, stop: int) -> str:
         """The file of rows ``start`` up to ``stop``."""
@@ -195,6 +227,10 @@ class TrialFiles:
     trials: tuple[Trial, ...]
     shared: str = ""
 
+    def is_whole(self, run: RunDirectory, name: str) -> bool:
+        """Whether a file can be read as what its ending says."""
+        return is_whole(run, name)
+
     def is_current(self, run: RunDirectory, name: str, location: str) -> bool:
         """Whether a file holds some of these trials; it may hold others, of a larger grid, beside them."""
         of_context = name.split("-")[-2:-1] == [self.context]
@@ -223,17 +259,21 @@ class TrialFiles:
 
 
 def is_whole(run: RunDirectory, name: str) -> bool:
-    """Whether a file can be read as what its ending says: cheap, by its header or footer."""
+    """Whether a file can be read as what its ending says.
+
+    Tables are small here and read with their checksums; of heads the length is compared, and their checksum
+    when they are used.
+    """
     try:
         if name.endswith(".parquet"):
-            with run.open_table(name):
-                return True
+            run.read_table([name])
+            return True
         if name.endswith(".safetensors"):
             header = run.read_header(name)
             entries = json.loads(header[8:])
             ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
             return run.size(name) == len(header) + max(ends, default=0)
         json.loads(run.read(name))
-    except (pa.ArrowException, OSError, ValueError, KeyError):
+    except (UserError, OSError, ValueError, KeyError):
         return False
     return True

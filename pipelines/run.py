@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Console
 
 from h2t.device import slow_in_bfloat16
+from h2t.errors import UserError
 from h2t.methods import METHODS
 from pipelines import evaluate, extract, finetune, study, sweep
 from pipelines.config import Config
 from pipelines.lock import locked
-from pipelines.products import is_whole
 from pipelines.progress import StageProgress
-from pipelines.run_directory import RunDirectory
+from pipelines.run_directory import RunDirectory, damaged_file
 from pipelines.run_record import write_record
 from pipelines.session import Advance, Product, Session, Step
 from pipelines.status import StepNote, StepRecorder, by_tasks
@@ -46,14 +46,25 @@ def run_stages(
             "bfloat16 is about ten times slower than float32 on this processor, which has no AVX-512: "
             "choose float32 for backbone.precision, head_precision and finetune.precision"
         )
-    seconds = {}
+    seconds: dict[str, float] = {}
     with locked(session.run):
         write_record(config, session.run)
-        for stage in stages:
-            started = time.monotonic()
-            for step in STAGES[stage]:
-                run_step(session, step, stage)
-            seconds[stage] = time.monotonic() - started
+        mended: set[str] = set()
+        while True:
+            try:
+                for stage in stages:
+                    started = time.monotonic()
+                    for step in STAGES[stage]:
+                        run_step(session, step, stage)
+                    seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - started
+                break
+            except UserError as error:  # of a file that was found to be damaged when it was used
+                name = damaged_file(error)
+                if not name or name in mended or not session.run.exists(name):
+                    raise
+                mended.add(name)
+                session.run.archive_all(name.rpartition("/")[0], name.__eq__, "damaged")
+                console.print(f"{error}: moved to damaged/ and made again")
         if "study" in stages:
             seconds["study"] += run_recipes(config, uri, console, address)
     return seconds
@@ -118,7 +129,7 @@ def _reconcile(session: Session, step: Step, product: Product) -> list[Any]:
         product.folder, lambda name: not product.is_current(run, name, name), "superseded"
     )
     run.restore_all(product.folder, partial(product.is_current, run), "superseded")
-    damaged = run.archive_all(product.folder, lambda name: not is_whole(run, name), "damaged")
+    damaged = run.archive_all(product.folder, lambda name: not product.is_whole(run, name), "damaged")
     if stale:
         session.console.print(
             f"{step.title:<9} {len(stale)} files of another configuration moved to superseded/"

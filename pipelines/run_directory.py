@@ -6,9 +6,11 @@
 import io
 import json
 import os
+import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +117,7 @@ class RunDirectory:
     def write_table(self, name: str, table: pa.Table, **options: Any) -> None:
         """Write a table as one Parquet file, whole or not at all."""
         with self.writing(name) as sink:
-            pq.write_table(table, sink, **options)
+            pq.write_table(table, sink, write_page_checksum=True, **options)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write plain values as JSON, whole or not at all."""
@@ -141,18 +143,27 @@ class RunDirectory:
         return json.loads(self.read(name))
 
     def read_table(self, names: Iterable[str], columns: list[str] | None = None) -> pa.Table:
-        """Parquet files of one schema as one table, in the order of ``names``."""
-        filesystem, _ = open_filesystem(self.uri)
-        paths = [self._locate(name)[1] for name in names]
-        tables = [
-            pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None) for path in paths
-        ]
+        """Parquet files of one schema as one table, in the order of ``names``.
+
+        Raises UserError that names a file which is not as it was written.
+        """
+        tables = []
+        for name in names:
+            with self.open_table(name) as file, naming_damage(name):
+                tables.append(file.read(columns))
         return pa.concat_tables(tables, promote_options="default")
 
-    def open_table(self, name: str) -> pq.ParquetFile:
-        """One Parquet file to read parts of; a context manager."""
+    @contextmanager
+    def open_table(self, name: str) -> Iterator[pq.ParquetFile]:
+        """One Parquet file to read parts of, whose checksums are compared.
+
+        Raises UserError that names it where it is not as it was written.
+        """
         filesystem, path = self._locate(name)
-        return pq.ParquetFile(path, filesystem=filesystem)
+        with naming_damage(name):
+            file = pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=True)
+        with file:
+            yield file
 
     def read_frame(self, names: Iterable[str], columns: list[str] | None = None) -> pd.DataFrame:
         """Parquet files as one data frame, in the order of ``names``; empty without any."""
@@ -204,6 +215,29 @@ class RunDirectory:
         """Delete a file."""
         filesystem, path = self._locate(name)
         filesystem.delete_file(path)
+
+
+def damaged(name: str, reason: object) -> UserError:
+    """The error of a file that is not what was written; as text, too, ``damaged_file`` knows it."""
+    first = (str(reason) or type(reason).__name__).splitlines()[0]
+    return UserError(f"{name} is damaged: {first}")
+
+
+def damaged_file(error: UserError) -> str:
+    """The name of the file that an error calls damaged; "" for any other error."""
+    match = re.match(r"^(\S+\.\w+) is damaged: ", str(error))
+    return match[1] if match else ""
+
+
+@contextmanager
+def naming_damage(name: str) -> Iterator[None]:
+    """Turn what reading a damaged file raises into a UserError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(name, error) from None
 
 
 class _AtomicFile:

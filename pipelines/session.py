@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from h2t.backbones.tap_reader import feature_layout
 from h2t.device import STRICT
+from pipelines.backbone import load
 from pipelines.cluster import Cluster, connect
 from pipelines.config import Config
 from pipelines.run_directory import RunDirectory
@@ -33,8 +35,19 @@ class Session:
 
     @cached_property
     def cluster(self) -> Cluster:
-        """The Ray cluster, connected to or started here."""
-        return connect(self.address, environment=STRICT if self.config.deterministic == "strict" else None)
+        """The Ray cluster, connected to or started here with room for two feature matrices."""
+        environment = STRICT if self.config.deterministic == "strict" else None
+        return connect(self.address, environment=environment, store_bytes=2 * max(self.matrix_bytes.values()))
+
+    @cached_property
+    def matrix_bytes(self) -> Mapping[int, int]:
+        """Bytes of the largest task's matrix of features that are folded, by target size."""
+        backbone, token = load(self.config.backbone, weights="random"), self.config.backbone.cls_token
+        n_rows = max(len(task.labels[task.fold_split]) for task in self.tasks.values())
+        widths = {
+            size: feature_layout(backbone, size, token).n_features for size in self.config.grid.target_size
+        }
+        return {size: 4 * n_rows * width for size, width in widths.items()}
 
 
 class Product(Protocol):
@@ -47,6 +60,10 @@ class Product(Protocol):
 
     def is_current(self, run: RunDirectory, name: str, location: str) -> bool:
         """Whether a file of that name, which lies at ``location``, belongs to the present configuration."""
+        ...
+
+    def is_whole(self, run: RunDirectory, name: str) -> bool:
+        """Whether a file there is what was written, as far as that is cheap to tell."""
         ...
 
     def missing(self, run: RunDirectory, present: Sequence[str]) -> list[Any]:

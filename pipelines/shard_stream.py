@@ -14,17 +14,15 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from h2t.backbones.loading import Backbone
-from h2t.backbones.pair import load_section
 from h2t.backbones.tap_reader import TapReader
 from h2t.device import default_device
 from h2t.errors import UserError
-from h2t.extraction import preprocessing_config
 from h2t.images.preprocessing import Preprocessing, prepare, to_batch
 from h2t.images.source import BadImage, BadRow, Image
 from pipelines.artifacts import backbone_folder, bad_rows_file, write_rows
+from pipelines.backbone import load, preprocessing_of
 from pipelines.cluster import POOL_NOISE, backbone_actors, without_line
-from pipelines.config import BackboneConfig, Config
+from pipelines.config import Config
 from pipelines.products import Shard
 from pipelines.schemas import BAD_ROWS
 from pipelines.session import Advance, Session
@@ -201,20 +199,6 @@ def decoded_images(batch: pa.Table) -> tuple[list[np.ndarray], np.ndarray]:
         images.append(data[start:stop].view(kind).reshape(height, width, 3))
         start = stop
     return images, np.asarray(batch["index"][0].as_py(), np.int32)
-
-
-def load(config: BackboneConfig, device: str = "cpu", weights: str | None = None) -> Backbone:
-    """The backbone of a recipe, with its weights or others."""
-    section = config.model_dump(exclude={"resize", "cls_token"})
-    if weights:
-        section |= {"weights": weights, "sha256": None}
-        section["second"] = section["second"] and section["second"] | {"weights": weights, "sha256": None}
-    return load_section(section, device)
-
-
-def preprocessing_of(config: BackboneConfig) -> Preprocessing:
-    """How images reach the backbone of a recipe; no network is built to know it."""
-    return preprocessing_config(config.name, config.image_size, config.resize, config.normalization)
 
 
 class FeatureReader:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pandas as pd
 import polars
+import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +24,7 @@ from pipelines.evaluate import result_product
 from pipelines.run import STAGES, run_stages
 from pipelines.run_directory import RunDirectory
 from pipelines.task_data import open_task
-from tests.pipelines.conftest import frame, output, run_all, small_config, write_task
+from tests.pipelines.conftest import frame, output, result_rows, run_all, small_config, write_task
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -231,3 +233,108 @@ def test_a_damaged_file_is_set_aside_said_and_made_again(
     assert f"{name} is damaged" in " ".join(output(console).split())
     assert (Path(run.uri) / "damaged" / name).exists()
     assert victim.stat().st_size == (Path(finished.uri) / name).stat().st_size
+
+
+def one_row_short(path: Path, others: list[Path]) -> None:
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, len(table) - 1), path)
+
+
+def no_rows(path: Path, others: list[Path]) -> None:
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+
+
+def copied_over(path: Path, others: list[Path]) -> None:
+    shutil.copy(next(other for other in others if other != path), path)
+
+
+def another_label(path: Path, others: list[Path]) -> None:
+    table = pq.read_table(path)
+    labels = np.full(len(table), 99)
+    position = table.schema.get_field_index("label")
+    field = table.schema.field(position)
+    pq.write_table(table.set_column(position, field, pa.array(labels, field.type)), path)
+
+
+def flipped_bytes(path: Path, others: list[Path]) -> None:
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2  # among the values, not in the footer or the header
+    for position in range(middle, middle + 4):
+        data[position] ^= 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [one_row_short, copied_over, another_label, no_rows])
+@pytest.mark.parametrize("kind", ["features", "predictions"])
+def test_rows_that_cannot_be_are_known_by_their_keys(
+    finished: RunDirectory, images: Path, tmp_path: Path, kind: str, damage: Any
+) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    shutil.copytree(Path(finished.uri, kind), Path(run.uri, kind))
+    task = open_task(small_config(images), "first")
+    (folder,) = {str(Path(name).parent) for name in run.names(kind, recursive=True) if "/first/" in name
+                 and "target-size-64" not in name}  # fmt: skip
+    files = sorted(Path(run.uri, folder).iterdir())
+    key = files[0].stem.rpartition("-")[2]
+    split = "train" if kind == "features" else "test"
+    product = products.RowFiles(folder, key, "first", split, 20, 0, "", task.labels[split])
+    names = run.names(folder)
+    assert all(product.is_whole(run, name) for name in names)
+    damage(files[0], files)
+    assert [product.is_whole(run, name) for name in names] == [False, *(True for _ in names[1:])]
+
+
+def test_rows_that_are_left_out_as_bad_are_not_missing(tmp_path: Path) -> None:
+    run, labels = RunDirectory(str(tmp_path)), np.arange(10, dtype=np.int32)
+    product = products.RowFiles("f", "k", "t", "train", 10, 0, "", labels, "bad_rows/b/t/train")
+    table = pa.table({"index": pa.array([0, 1, 3], pa.int32()), "label": pa.array([0, 1, 3], pa.int32())})
+    run.write_table(product.name(0, 4), table)
+    assert not product.is_whole(run, product.name(0, 4))
+    run.write_table("bad_rows/b/t/train-000000-000004-x.parquet", pa.table({"index": [2]}))
+    assert product.is_whole(run, product.name(0, 4))
+
+
+DAMAGES = [
+    *[(kind, damage) for kind in ("features", "predictions")
+      for damage in (one_row_short, copied_over, another_label, flipped_bytes)],
+    ("trials", no_rows), ("trials", flipped_bytes), ("heads", flipped_bytes), ("results", flipped_bytes),
+]  # fmt: skip
+QUICK = [("features", flipped_bytes), ("heads", flipped_bytes)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in DAMAGES],
+)
+def test_other_content_never_gives_other_numbers(
+    finished: RunDirectory, images: Path, tmp_path: Path, console: Console, kind: str, damage: Any
+) -> None:
+    """Whatever rests on a damaged file is asked for: it must be made again, and be what it was."""
+    run = RunDirectory(str(tmp_path / "run"))
+    shutil.copytree(finished.uri, run.uri)
+    files = sorted(
+        path for path in Path(run.uri, kind).rglob("*") if path.is_file() and "first" in path.parts
+    )
+    victim = files[1 if kind == "features" else 0]
+    before = pq.read_table(victim) if victim.suffix == ".parquet" else victim.read_bytes()
+    damage(victim, files)
+    for folder in RESTS_ON[kind]:
+        shutil.rmtree(Path(run.uri, folder))
+    run_stages(small_config(images), run.uri, list(STAGES), console)
+    name = str(victim.relative_to(run.uri))
+    said = "".join(output(console).split())
+    assert f"{name}isdamaged" in said or (kind == "trials" and damage is no_rows)
+    assert any((Path(run.uri) / folder / name).exists() for folder in ("damaged", "superseded"))
+    after = pq.read_table(victim) if victim.suffix == ".parquet" else victim.read_bytes()
+    if kind in ("features", "predictions"):
+        assert after.equals(before)
+    pd.testing.assert_frame_equal(result_rows(run), result_rows(finished))
+
+
+RESTS_ON = {
+    "features": ("trials", "chosen", "heads", "predictions", "results"),
+    "trials": ("chosen", "results"),
+    "heads": ("predictions", "results"),
+    "predictions": ("results",),
+    "results": (),
+}

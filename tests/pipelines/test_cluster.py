@@ -1,10 +1,12 @@
 """The cluster file for Ray's launcher, checked with Ray's own validation."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,7 +14,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from h2t.errors import UserError
 from pipelines import cluster
-from pipelines.cluster import _temporary_folder, connect
+from pipelines.cluster import _temporary_folder, connect, object_store_bytes
+from pipelines.feature_cache import matrices_kept
 
 CLUSTER = Path(__file__).parents[2] / "cluster.yaml"
 
@@ -105,3 +108,28 @@ print(ray.get(capability.remote()))
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.split()[-1] == "AVX2"
+
+
+def test_the_object_store_has_room_for_what_is_wanted_as_far_as_the_machine_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory, free = 32 << 30, 20 << 30
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=memory))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    assert object_store_bytes(0) == 1 << 30
+    assert object_store_bytes(3 << 30) == 4 << 30
+    assert object_store_bytes(100 << 30) == 16 << 30  # half of the memory
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=64 << 20))
+    assert object_store_bytes(3 << 30) == 1 << 30  # Ray takes files then, and says so
+
+
+@pytest.mark.parametrize(("store", "kept"), [(1.5, 1), (2.2, 2), (100, 2)])
+def test_matrices_stay_as_far_as_the_store_holds_them(store: float, kept: int) -> None:
+    assert matrices_kept(1 << 30, int(store * 2**30)) == kept
+
+
+def test_a_matrix_larger_than_the_store_is_one_message() -> None:
+    with pytest.raises(
+        UserError, match=r"takes 6.3 GiB, the object store has 1.0: start Ray with a larger one"
+    ):
+        matrices_kept(4 * 1000 * 1_688_808, 1 << 30)

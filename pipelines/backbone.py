@@ -1,0 +1,21 @@
+"""The backbone of a recipe, and how images reach it."""
+
+from h2t.backbones.loading import Backbone
+from h2t.backbones.pair import load_section
+from h2t.extraction import preprocessing_config
+from h2t.images.preprocessing import Preprocessing
+from pipelines.config import BackboneConfig
+
+
+def load(config: BackboneConfig, device: str = "cpu", weights: str | None = None) -> Backbone:
+    """The backbone of a recipe, with its weights or others."""
+    section = config.model_dump()
+    if weights:
+        section |= {"weights": weights, "sha256": None}
+        section["second"] = section["second"] and section["second"] | {"weights": weights, "sha256": None}
+    return load_section(section, device)
+
+
+def preprocessing_of(config: BackboneConfig) -> Preprocessing:
+    """How images reach the backbone of a recipe; no network is built to know it."""
+    return preprocessing_config(config.name, config.image_size, config.resize, config.normalization)
