@@ -18,7 +18,7 @@ from pipelines.run_directory import RunDirectory
 from pipelines.run_record import package_versions
 from pipelines.schemas import BAD_ROWS
 from pipelines.session import Advance, Session, Step
-from pipelines.shard_stream import FeatureReader, process_shards
+from pipelines.shard_stream import FeatureReader, Seen, process_shards
 from pipelines.task_data import TaskData
 
 
@@ -50,7 +50,9 @@ class FeatureWriter:
             for size in config.grid.target_size
         }
 
-    def __call__(self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
+    def __call__(
+        self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray, seen: Seen
+    ) -> None:
         """Write the shard's file of every target size that lacks its rows."""
         keys = (backbone_folder(task.config), task.name, shard.split)
         embedding = self.reader.backbone.embedding
@@ -62,7 +64,7 @@ class FeatureWriter:
             tables,
             index,
             task.labels[shard.split][index],
-            self.reader.read(images),
+            self.reader.read(images, seen),
             task.config.resources.feature_compression,
         )
 

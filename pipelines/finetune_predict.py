@@ -14,6 +14,7 @@ from pipelines.model_files import read_model
 from pipelines.products import Shard
 from pipelines.results import prediction_table
 from pipelines.run_directory import RunDirectory
+from pipelines.shard_stream import Seen
 from pipelines.task_data import TaskData
 
 
@@ -25,7 +26,9 @@ class FinetunedPredictor:
         self.task = ""
         self.models: list[TrainableModel | None] = []
 
-    def __call__(self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
+    def __call__(
+        self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray, seen: Seen
+    ) -> None:
         """Write the shard's predictions."""
         if self.task != task.name:
             self._load_models(task)

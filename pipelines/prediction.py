@@ -17,7 +17,7 @@ from pipelines.model_files import read_head
 from pipelines.products import Gap, Shard, shards
 from pipelines.run_directory import RunDirectory
 from pipelines.session import Advance, Session
-from pipelines.shard_stream import FeatureReader, process_shards
+from pipelines.shard_stream import FeatureReader, Seen, process_shards
 from pipelines.task_data import TaskData
 
 Tables = Mapping[str, Mapping[str, Sequence[HeadToTrain]]]
@@ -48,7 +48,9 @@ class Predictor:
         self.banks: dict[str, HeadBank] = {}
         self.task = ""
 
-    def __call__(self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
+    def __call__(
+        self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray, seen: Seen
+    ) -> None:
         """Write the shard's predictions."""
         if self.task != task.name:
             self.task, self.banks = task.name, {}
@@ -60,7 +62,7 @@ class Predictor:
         parts = {
             tag: [np.empty((bank.n_heads, 0, task.n_classes), np.float32)] for tag, bank in banks.items()
         }
-        for taps in self.reader.read(images):
+        for taps in self.reader.read(images, seen):
             sizes = {size for bank in banks.values() for size in bank.target_sizes}
             features = {size: torch.cat(taps[size], 1) for size in sizes}
             for tag, bank in banks.items():

@@ -4,7 +4,10 @@ A decoding task reads encoded bytes, pixels of bounded size travel from there to
 comes back. The actor writes its results itself, so nothing large passes the object store.
 """
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -34,11 +37,20 @@ READ_AT_ONCE = 16  # images: as many as an object store is asked for side by sid
 BAD_ROW = pa.struct([field for field in BAD_ROWS if field.name != "backbone"])
 
 
+Seen = Callable[[int], None]
+LOOKED_EVERY_S = 2.0
+
+
 class ShardStep(Protocol):
     """The part of a stage that an actor does: from a decoded shard to files."""
 
-    def __call__(self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray) -> None:
-        """Write the shard's files from its images, as ``prepare`` leaves them, and their indices int32."""
+    def __call__(
+        self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray, seen: Seen
+    ) -> None:
+        """Write the shard's files from its images, as ``prepare`` leaves them, and their indices int32.
+
+        ``seen`` is told how many images are done, batch by batch.
+        """
         ...
 
 
@@ -51,18 +63,83 @@ def process_shards(
     refuses those.
     """
     bad: list[BadRow] = []
-    for row in stream_shards(session, shards, make_step):
-        raise_user_error([row["user_error"]])
-        bad += [BadRow(**problem) for problem in row["bad"]]
-        advance(row["n_images"] + len(row["bad"]), f"{row['task']}/{row['split']}")
+    counter = ImageCounter.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    with CountedImages(counter, shards, advance) as counted:
+        for row in stream_shards(session, shards, make_step, counter):
+            raise_user_error([row["user_error"]])
+            bad += [BadRow(**problem) for problem in row["bad"]]
+            counted.finish(f"{row['task']}/{row['split']}", row["n_images"] + len(row["bad"]))
     if session.config.on_bad_image == "refuse":
         refuse_bad_rows(bad)
     elif bad:
         session.console.print(f"{len(bad)} bad images left out, such as {bad[0].path}: {bad[0].reason}")
 
 
+@ray.remote
+class ImageCounter:
+    """How many images of every task and split the actors have done: a slow shard is seen to move."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def add(self, place: str, count: int) -> None:
+        """Count images."""
+        self.counts[place] = self.counts.get(place, 0) + count
+
+    def read(self) -> dict[str, int]:
+        """What was counted so far."""
+        return self.counts
+
+
+class CountedImages:
+    """Tells ``advance`` of images as they are done and not shard by shard; a context manager.
+
+    A shard that is done again after its worker's death counts once.
+    """
+
+    def __init__(self, counter: ray.actor.ActorHandle, shards: Sequence[Shard], advance: Advance) -> None:
+        self.counter, self.advance, self.lock = counter, advance, threading.Lock()
+        self.told: Counter[str] = Counter()
+        self.finished: Counter[str] = Counter()
+        self.total: Counter[str] = Counter()
+        for shard in shards:
+            self.total[f"{shard.task}/{shard.split}"] += len(shard.indices)
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> "CountedImages":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        ray.kill(self.counter)
+
+    def finish(self, place: str, count: int) -> None:
+        """Count the images of a shard that is done."""
+        self.finished[place] += count
+        self._tell(place, self.finished[place])
+
+    def _tell(self, place: str, count: int) -> None:
+        with self.lock:
+            new = min(count, self.total[place]) - self.told[place]
+            if new > 0:
+                self.told[place] += new
+                self.advance(new, place)
+
+    def _look(self) -> None:
+        while not self.ended.wait(LOOKED_EVERY_S):
+            with suppress(ray.exceptions.RayError):
+                for place, count in ray.get(self.counter.read.remote(), timeout=LOOKED_EVERY_S).items():
+                    self._tell(place, count)
+
+
 def stream_shards(
-    session: Session, shards: Sequence[Shard], make_step: Callable[[], ShardStep]
+    session: Session,
+    shards: Sequence[Shard],
+    make_step: Callable[[], ShardStep],
+    counter: ray.actor.ActorHandle | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each shard as it is done, in any order: task, split, n_images, bad, user_error."""
     config = session.config
@@ -74,7 +151,7 @@ def stream_shards(
     rows = [{"shard": number} for number in range(len(shards))]
     # By reference: what is larger than a few kilobytes does not belong into the arguments of every task.
     shared = ray.put({
-        "shards": list(shards), "tasks": dict(session.tasks), "run": session.run,
+        "counter": counter, "shards": list(shards), "tasks": dict(session.tasks), "run": session.run,
         "preprocessing": preprocessing_of(config.backbone),
         # Named here: a worker may not see all that their key depends on.
         "bad_rows_files": [bad_rows_file(session.tasks[shard.task], shard) for shard in shards],
@@ -130,7 +207,9 @@ class ShardActor:
             rows = [{**row, "backbone": backbone_folder(task.config)} for row in bad]
             write_rows(self.shared["run"], self.shared["bad_rows_files"][number], BAD_ROWS, rows)
         if not user_error and (not bad or task.config.on_bad_image == "skip"):
-            user_error = user_error_of(lambda: self.step(task, shard, images, index))
+            counter, place = self.shared["counter"], f"{shard.task}/{shard.split}"
+            seen: Seen = lambda count: counter and counter.add.remote(place, count)  # noqa: E731
+            user_error = user_error_of(lambda: self.step(task, shard, images, index, seen))
         row = {"task": shard.task, "split": shard.split, "n_images": len(images), "bad": bad}
         return pa.Table.from_pylist([{**row, "user_error": user_error}])
 
@@ -212,8 +291,12 @@ class FeatureReader:
         self.taps = TapReader(self.backbone, target_sizes, config.backbone.cls_token)
         self.images_per_forward = config.resources.images_per_forward
 
-    def read(self, images: list[np.ndarray]) -> Iterator[dict[int, list[torch.Tensor]]]:
-        """Features of each batch of images: per target size, one float32 [b, width] per tap."""
+    def read(self, images: list[np.ndarray], seen: Seen) -> Iterator[dict[int, list[torch.Tensor]]]:
+        """Features of each batch of images: per target size, one float32 [b, width] per tap.
+
+        ``seen`` is told of each batch.
+        """
         for start in range(0, len(images), self.images_per_forward):
             chunk = images[start : start + self.images_per_forward]
             yield self.taps(to_batch(chunk, self.preprocessing, self.device))
+            seen(len(chunk))

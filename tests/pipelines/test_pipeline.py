@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import pytest
 from rich.console import Console
 
 from h2t.errors import UserError
+from pipelines import shard_stream
 from pipelines.artifacts import features
 from pipelines.cluster import Cluster, backbone_actors, trial_resources
 from pipelines.config import Config
-from pipelines.products import shards
+from pipelines.products import Shard, shards
 from pipelines.report import report
 from pipelines.run import STAGES, run_stages
 from pipelines.run_directory import RunDirectory
@@ -239,3 +241,36 @@ def test_a_run_in_an_object_store_has_the_same_rows_and_goes_on(
     run_all(config, run, console)
     assert run.exists(victim)
     assert output(console).count("nothing to do") == 3
+
+
+class SlowStep:
+    """Tells of two batches of four images, seconds apart."""
+
+    def __call__(
+        self, task: object, shard: object, images: list, index: object, seen: Callable[[int], None]
+    ) -> None:
+        for start in range(0, len(images), 4):
+            seen(len(images[start : start + 4]))
+            time.sleep(1.0)
+
+
+def test_progress_moves_within_a_shard_and_ends_at_its_images(
+    images: Path, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_stream, "LOOKED_EVERY_S", 0.1)
+    session = Session(small_config(images), RunDirectory(str(tmp_path)), Console(quiet=True))
+    missing = shards(features(session.tasks["first"], "train", 16).missing(session.run, []), 20)
+    counted: list[int] = []
+    process_shards(session, missing, SlowStep, lambda count, place: counted.append(count))
+    assert sum(counted) == 20
+    assert len(counted) >= 3
+
+
+def test_a_shard_that_is_done_twice_counts_once() -> None:
+    counted: list[int] = []
+    shard = Shard("t", "train", 0, 10, ())
+    images = shard_stream.CountedImages(None, [shard], lambda count, place: counted.append(count))  # type: ignore[arg-type]
+    images._tell("t/train", 6)
+    images._tell("t/train", 14)  # four of them again, by another worker
+    images.finish("t/train", 10)
+    assert counted == [6, 4]
