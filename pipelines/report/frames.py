@@ -37,6 +37,7 @@ class Frames:
     The data frames have the columns of ``SCHEMAS``; tasks, methods and seeds may be missing from any of them.
     ``costs``: backbone -> what was measured of it. ``provenance``: plain values, nested as you like.
     ``recipes``: (study, variant) -> the frames of a run with other features, for a study of those.
+    ``asked``: (task, method) of all that the recipes of the runs ask for.
     """
 
     results: pd.DataFrame = field(default_factory=SCHEMAS["results"].empty_table().to_pandas)
@@ -49,6 +50,7 @@ class Frames:
     thumbnails: pd.DataFrame = field(default_factory=SCHEMAS["thumbnails"].empty_table().to_pandas)
     costs: Mapping[str, BackboneCost] = field(default_factory=dict)
     recipes: Mapping[tuple[str, str], "Frames"] = field(default_factory=dict)
+    asked: frozenset[tuple[str, str]] = frozenset()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -60,6 +62,15 @@ class Frames:
     def finished(self) -> pd.DataFrame:
         """The result rows of trainings that ended well."""
         return self.results[(self.results["status"] == DONE) & self.results["test_accuracy"].notna()]
+
+    @property
+    def missing(self) -> dict[str, list[str]]:
+        """Method -> the tasks that it has no result for, of all that were asked for."""
+        there = set(zip(self.results["task"], self.results["method"], strict=True))
+        found: dict[str, list[str]] = {}
+        for task, method in sorted(self.asked - there):
+            found.setdefault(method, []).append(task)
+        return found
 
     @property
     def backbones(self) -> list[str]:
@@ -93,6 +104,7 @@ def read_runs(runs: Sequence[RunDirectory]) -> Frames:
         **{kind: pd.concat([getattr(part, kind) for part in parts], ignore_index=True) for kind in SCHEMAS},
         costs={backbone: cost for part in parts for backbone, cost in part.costs.items()},
         recipes=_together([part.recipes for part in parts]),
+        asked=frozenset(pair for part in parts for pair in part.asked),
         provenance={
             f"{title}: {name}": value
             for part, title in zip(parts, titles, strict=True)
@@ -122,6 +134,11 @@ def read_run(run: RunDirectory) -> Frames:
                 }
             )
         },
+        asked=frozenset(
+            (task["name"], method)
+            for task in record.get("config", {}).get("tasks", [])
+            for method in record.get("config", {}).get("methods", [])
+        ),
         provenance=_provenance(record, manifests, len(run.names("history"))),
     )
 

@@ -18,7 +18,7 @@ from pipelines.report.figures import inline_svg, page_specs, script
 from pipelines.report.formats import data_files, latex, markdown, table_files, text_columns
 from pipelines.report.frames import Frames
 from pipelines.report.studies import Section, sections
-from pipelines.report.tables import ReportTable, summaries
+from pipelines.report.tables import ReportTable, method_title, summaries, task_title
 
 STATED = {"seeds": "seed"} | {
     name: name for name in ("weights", "image_source", "preprocessing", "fold_scheme")
@@ -115,6 +115,14 @@ def header_groups(headers: pd.MultiIndex) -> list[tuple[str, int]]:
 def _warnings(frames: Frames) -> Iterator[str]:
     if frames.finished.empty:
         yield "No training has ended well: there are no accuracies."
+    if frames.missing:
+        n_tasks = len({task for task, _ in frames.asked})
+        places = {
+            method: "every task" if len(tasks) == n_tasks else ", ".join(map(task_title, tasks))
+            for method, tasks in frames.missing.items()
+        }
+        parts = [f"{method_title(method)} on {place}" for method, place in places.items()]
+        yield f"Not everything has been run. Missing: {'; '.join(parts)}."
     from_scratch = [name for name, method in METHODS.items() if not method.pretrained]
     pretrained = frames.results[~frames.results["method"].isin(from_scratch)]
     if pretrained["weights"].astype(str).str.startswith("random").any():

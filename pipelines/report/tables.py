@@ -46,6 +46,11 @@ def signed(value: float) -> str:
     return MISSING if math.isnan(value) else f"{points:+.1f}".replace("-", "−")
 
 
+def ahead(value: float) -> str:
+    """A difference of fractions in words: so many points ahead, or behind."""
+    return f"{percent(abs(value))} points {'ahead of' if value >= 0 else 'behind'}"
+
+
 def integer(value: float) -> str:
     """An integer with thousands set apart; an en dash for NaN."""
     return MISSING if math.isnan(value) else f"{int(value):,}"

@@ -5,7 +5,7 @@ import pandas as pd
 from pipelines.report.figures import draw, figure_name, intervals
 from pipelines.report.frames import Frames
 from pipelines.report.studies import Section
-from pipelines.report.tables import by_backbone, method_title, signed, task_title
+from pipelines.report.tables import ahead, by_backbone, method_title, task_title
 from pipelines.report.trained import over_tasks, points, variant_rows, variant_table
 
 
@@ -20,7 +20,7 @@ def section_of_methods(frames: Frames, name: str, title: str, position: int, not
     n_tasks = rows["task"].nunique()
     words = (
         f"In the mean over {n_tasks} task{'s' if n_tasks > 1 else ''}, {method_title(reference)} is "
-        f"{signed(means[reference] - others.max())} points ahead of the best other, "
+        f"{ahead(means[reference] - others.max())} the best other, "
         f"{method_title(str(others.idxmax()))}."
     )
     figures = []

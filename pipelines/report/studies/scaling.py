@@ -5,7 +5,7 @@ import pandas as pd
 from pipelines.report.figures import PALETTE, SHAPES, ReportFigure, draw, figure_name, lines
 from pipelines.report.frames import Frames
 from pipelines.report.studies import Section
-from pipelines.report.tables import GROUPS, by_backbone, signed, task_title
+from pipelines.report.tables import GROUPS, ahead, by_backbone, task_title
 from pipelines.report.trained import over_tasks, points, variant_rows, variant_table
 
 NAME, TITLE = "scaling", "More candidates"
@@ -28,7 +28,7 @@ def section(frames: Frames) -> Section | None:
     )
     means = over_tasks(rows).groupby("series")["accuracy"].max()
     words = (
-        f"With all taps Head2Toe is {signed(means.iloc[-1] - means.iloc[0])} points ahead of "
+        f"With all taps Head2Toe is {ahead(means.iloc[-1] - means.iloc[0])} "
         f"{_part(means.index[0])} of them, in the mean over {rows['task'].nunique()} tasks at the "
         "best target size."
     )

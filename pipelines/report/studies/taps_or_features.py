@@ -7,7 +7,7 @@ import pandas as pd
 from pipelines.report.figures import ReportFigure, draw, figure_name, lines, method_colours
 from pipelines.report.frames import Frames
 from pipelines.report.studies import Section
-from pipelines.report.tables import by_backbone, method_title, signed, task_title
+from pipelines.report.tables import ahead, by_backbone, method_title, task_title
 from pipelines.report.trained import over_tasks, points, variant_rows, variant_table
 
 NAME, TITLE = "taps-or-features", "Features or taps?"
@@ -32,8 +32,8 @@ def section(frames: Frames) -> Section | None:
     best = over_tasks(rows).groupby("series")["accuracy"].max()
     first, others = best.get("head2toe"), best.drop("head2toe", errors="ignore")
     words = (
-        f"At its best number of features, keeping them one by one is {signed(first - others.max())} points "
-        f"ahead of keeping taps whole, in the mean over {rows['task'].nunique()} tasks."
+        f"At its best number of features, keeping them one by one is "
+        f"{ahead(first - others.max())} keeping taps whole, in the mean over {rows['task'].nunique()} tasks."
     )
     table = variant_table(NAME, TITLE, NOTE, rows, _title, "Kept")
     return Section(NAME, TITLE, 120, words, (table,), tuple(figures), folded=True)

@@ -147,3 +147,13 @@ def test_inline_figures_take_the_pages_ink_and_ids_of_theirs(files: dict[str, by
 def test_figures_have_names_that_a_link_can_hold() -> None:
     assert figure_name("gain", "a", ["a"]) == "gain"
     assert figure_name("gain", "vit_b.16 (my run/2)", ["a", "b"]) == "gain-vit_b.16-my-run-2"
+
+
+def test_a_run_that_is_not_done_says_what_is_missing(results: pd.DataFrame) -> None:
+    some = results[~((results["method"] == "head2toe") & (results["task"] == "mnist"))]
+    asked = frozenset(
+        (task, method) for task in results["task"] for method in (*results["method"], "finetune")
+    )
+    text = page_of(frames_of(some, asked=asked))
+    assert "Not everything has been run. Missing: Fine-tuning on every task; Head2Toe on MNIST." in text
+    assert "Not everything" not in page_of(frames_of(results))
