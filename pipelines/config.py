@@ -49,9 +49,16 @@ def _distinct(values: list[Value]) -> list[Value]:
 Values = Annotated[list[Value], Field(min_length=1), AfterValidator(_distinct)]
 
 
+LONGEST_NAME = 100  # of what file systems take, 255 bytes, names of files need some for keys
+
+
 def _folder_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError(f"the name becomes a folder: letters, digits, '_', '-' and '.' only, got '{name}'")
+    if len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"the name becomes a folder: expected at most {LONGEST_NAME} characters, got {len(name)}"
+        )
     return name
 
 

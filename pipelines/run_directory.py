@@ -3,6 +3,7 @@
 ``pipelines/artifacts.py`` says which files there are.
 """
 
+import errno
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pyarrow import fs
 
 from h2t.errors import UserError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 TEMPORARY = ".tmp-"  # readers of Parquet data sets skip names that start with a dot
 
 
@@ -187,6 +189,7 @@ class RunDirectory:
 
         Temporary files of a writer that was killed are deleted.
         """
+        self._refuse_links(folder)
         names = self.names(folder)
         temporary = [name for name in names if name.rpartition("/")[2].startswith(TEMPORARY)]
         for name in temporary:
@@ -204,6 +207,19 @@ class RunDirectory:
         for name in names:
             self._move(f"{archive}/{name}", name)
         return names
+
+    def _refuse_links(self, folder: str) -> None:
+        """Files are moved and deleted in folders of the run directory alone, not where a link leads."""
+        if not self.local:
+            return
+        parts = folder.split("/")
+        for length in range(1, len(parts) + 1):
+            path = Path(self._locate("/".join(parts[:length]))[1])
+            if path.is_symlink():
+                raise UserError(
+                    f"'{path}' is a link to '{path.resolve()}': expected a folder, since files in it may be "
+                    "moved or deleted; link the whole run directory instead"
+                )
 
     def _move(self, name: str, to: str) -> None:
         filesystem, source = self._locate(name)
@@ -256,7 +272,23 @@ class _AtomicFile:
         self.sink = self.filesystem.open_output_stream(self.target) if self.local else self.buffer
         return self.sink
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self._finish(kind)
+        except OSError as failed:
+            error = failed
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            if self.local:  # what is half written takes room too
+                with suppress(OSError):
+                    self.filesystem.delete_file(self.target)
+            raise UserError(
+                f"no room left for {self.path}: {os.strerror(error.errno)}; make room, and the same command "
+                "goes on"
+            ) from None
+        if error is not None and kind is None:
+            raise error
+
+    def _finish(self, kind: Any) -> None:
         if not self.local:
             if kind is None:
                 with self.filesystem.open_output_stream(self.path) as stream:

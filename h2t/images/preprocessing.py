@@ -21,6 +21,12 @@ _PIXELS_AT_ONCE_CPU = 300_000
 _PIXELS_AT_ONCE_GPU = 32_000_000
 
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Of Pillow's, those that are opened, whatever a file is called: others, as PostScript, run programs."""
+LARGEST_PIXELS = 2**26
+"""Of an image: a file of a few kilobytes can say that it has billions."""
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes ``image_size`` x ``image_size`` normalised numbers; never cropped or flipped.
@@ -120,16 +126,20 @@ def decode(image: Image) -> np.ndarray:
     pipeline; of an animation the first frame counts; the orientation tag of EXIF is ignored, as officially.
 
     Raises:
-        BadImage: no bytes, not an image, damaged, too large to be one, floating-point pixels, 16-bit grey
-            that uses an eighth of its range and would lose most of its levels, or an array that is not uint8
-            [height, width, 3].
+        BadImage: no bytes, not an image of FORMATS, damaged, more than LARGEST_PIXELS, floating-point pixels,
+            16-bit grey that uses an eighth of its range and would lose most of its levels, or an array that
+            is not uint8 [height, width, 3].
     """
     if isinstance(image, np.ndarray):
         return _checked_array(image)
     if not image.data:
         raise BadImage(image.path, "missing or empty file, or one that may not be read")
     try:
-        with PillowImage.open(io.BytesIO(image.data)) as opened:
+        with PillowImage.open(io.BytesIO(image.data), formats=FORMATS) as opened:
+            if opened.width * opened.height > LARGEST_PIXELS:
+                raise ValueError(
+                    f"{opened.width} × {opened.height} pixels; expected at most {LARGEST_PIXELS:,}"
+                )
             pixels = rgb_pixels(opened)
     except PillowImage.UnidentifiedImageError:  # whose own words name a BytesIO
         raise BadImage(image.path, f"not an image: it begins with {image.data[:24]!r}") from None

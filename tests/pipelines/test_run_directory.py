@@ -1,5 +1,8 @@
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -104,3 +107,40 @@ def test_a_folder_in_it_is_a_run_directory_with_the_same_options(run: RunDirecto
 def test_an_address_that_is_none() -> None:
     with pytest.raises(UserError, match="expected a local path or a URI"):
         RunDirectory("ftpx://somewhere/run")
+
+
+def test_a_link_in_a_run_directory_is_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious.parquet").write_bytes(b"a user's")
+    run = RunDirectory(str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "features").symlink_to(outside)
+    for folder in ("features", "features/b/t"):
+        with pytest.raises(UserError, match="is a link to"):
+            run.archive_all(folder, lambda name: True, "superseded")
+    assert (outside / "precious.parquet").exists()
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_one_message_and_nothing_half_written_stays(full_disk: Path) -> None:
+    run = RunDirectory(str(full_disk / "run"))
+    run.write("small", b"kept")
+    with pytest.raises(UserError, match=r"no room left for .*large: No space left on device; make room"):
+        run.write("large", bytes(2 << 20))
+    with pytest.raises(UserError, match=r"no room left for .*table"):
+        run.write_table("table.parquet", pa.table({"x": np.random.default_rng(0).random(300_000)}))
+    assert [path.name for path in (full_disk / "run").iterdir()] == ["small"]

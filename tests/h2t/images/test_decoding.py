@@ -188,3 +188,17 @@ def test_other_images_of_sixteen_bits_are_read(values) -> None:
     Image.fromarray(values.astype(np.uint16)).save(written, "PNG")
     pixels = decode(EncodedImage(written.getvalue(), "a"))
     assert len(np.unique(pixels)) == min(256, len(np.unique(values)))
+
+
+def test_only_formats_of_images_are_opened_whatever_a_file_is_called() -> None:
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(run me) print\n%%EOF\n"
+    with pytest.raises(BadImage, match="not an image"):
+        decode(EncodedImage(script, "photo.png"))
+
+
+def test_a_small_file_of_very_many_pixels_is_a_bad_image() -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(buffer, "png")
+    assert len(buffer.getvalue()) < 20_000
+    with pytest.raises(BadImage, match="9000 × 9000 pixels; expected at most 67,108,864"):
+        decode(EncodedImage(buffer.getvalue(), "bomb.png"))
