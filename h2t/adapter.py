@@ -210,7 +210,6 @@ def _head(data: bytes) -> tuple[Head, dict[str, Any]]:
     content = metadata[ENTRY]
     if content["format"] != FORMAT:
         raise ValueError(f"expected format {FORMAT}, got {content['format']}")
-    check_digest(data, content["sha256"])
     classes, k = content["classes"], content["neighbours"]
     n_classes = classes if isinstance(classes, int) else len(classes)
     head = Head(
@@ -225,6 +224,7 @@ def _head(data: bytes) -> tuple[Head, dict[str, Any]]:
         Neighbours(k, tensors["neighbours"], n_classes) if k else None,
     )
     _check_consistency(head)
+    check_digest(data, content["sha256"])
     return head, content
 
 

@@ -58,7 +58,7 @@ def config_of(images: Path, weights: str, methods: list[str], **settings: Any) -
 def run_finetune(config: Config, run: RunDirectory, console: Console | None = None) -> int:
     """The stage alone; how many trials and models it made."""
     session = Session(config, run, console or Console(quiet=True))
-    made = {step.unit: run_step(session, step) for step in STEPS}
+    made = {step.unit: run_step(session, step, "finetune") for step in STEPS}
     return made["trials"] + made["models"]
 
 

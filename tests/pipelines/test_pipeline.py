@@ -37,7 +37,7 @@ def digests(run: RunDirectory) -> dict[str, str]:
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
-        if not {"trials", "results", "heads", "tune"} & set(path.relative_to(root).parts)
+        if not {"trials", "results", "heads", "tune", "status"} & set(path.relative_to(root).parts)
     }
 
 
