@@ -93,7 +93,7 @@ def measure(shorter: int, precision: Precision, folder: Path) -> dict[str, str |
     _ = session.cluster
     started = time.perf_counter()
     for step in sweep.STEPS:
-        run_step(session, step)
+        run_step(session, step, "sweep")
     wall = time.perf_counter() - started
     rows = artifacts.trials(task).read(session.run)
     training, n_folds = rows["seconds"].sum(), config.cross_validation.n_folds
