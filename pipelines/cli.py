@@ -54,11 +54,15 @@ STAGES = ["extract", "sweep", "evaluate", "finetune", "study"]
 def _run(config: Config, run_dir: str | None, stages: list[str], address: str | None, tables: bool) -> None:
     """Run stages and, after all of them, the report."""
     # These need seconds to import; help and errors need none of them.
+    from pipelines.doctor import examine_machine
     from pipelines.report import report
     from pipelines.run import run_stages
     from pipelines.run_directory import RunDirectory
 
     started = time.monotonic()
+    for finding in examine_machine():
+        if finding.result == "FAIL":
+            console.print(f"{finding.check}: {finding.found}; {finding.fix}")
     uri = run_dir or f"runs/{config.name}"
     run = RunDirectory(uri)
     run.require_writable()
@@ -152,6 +156,7 @@ def doctor(
 def plan_command(recipe: Recipe, set_: Set = None) -> None:
     """What a recipe will take: work, bytes, and time on 1 to 512 devices like the one at hand."""
     from pipelines import plan
+    from pipelines.cluster import available_cores
 
     facts = plan.facts_of(read_recipe(recipe, set_))
     rates = plan.calibrate(facts)
@@ -161,7 +166,8 @@ def plan_command(recipe: Recipe, set_: Set = None) -> None:
         written = f"{stage.bytes_written / 2**30:.3g} GiB"
         table.add_row(stage.stage, stage.work, f"{stage.flops:.2e}", written, _duration(stage.seconds))
     _print(table)
-    for devices in plan.DEVICES:
+    here = {available_cores()} if rates.device == "cpu" else set()
+    for devices in sorted({*plan.DEVICES, *here}):
         seconds = plan.total_seconds(stages, devices)
         console.print(
             f"{devices:>4} devices: {_duration(seconds)}, {devices * seconds / 3600:.2f} device-hours; most "

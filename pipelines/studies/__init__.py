@@ -8,10 +8,14 @@ import pkgutil
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from h2t.errors import unknown
+from h2t.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from pipelines.variants import RecipeStudy, Study
+
+
+IN_EVERY_REPORT = ("gain-by-affinity", "feature-origin", "overlap")
+"""The paper's other studies: they need no training."""
 
 
 def study_names() -> list[str]:
@@ -20,7 +24,9 @@ def study_names() -> list[str]:
 
 
 def checked_name(name: str) -> str:
-    """The name itself. Raises UserError with the nearest names."""
+    """The name itself. Raises UserError with the nearest names, and for a study that needs no training."""
+    if name in IN_EVERY_REPORT:
+        raise UserError(f"{name} needs no training: it is a section of every report of a run")
     if name not in study_names():
         raise unknown("study", name, study_names())
     return name

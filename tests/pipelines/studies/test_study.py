@@ -179,6 +179,7 @@ def test_the_report_has_a_section_of_every_study(run: RunDirectory) -> None:
     ("settings", "message"),
     [
         ({"studies": ["scalin"]}, "did you mean scaling"),
+        ({"studies": ["overlap"]}, "overlap needs no training: it is a section of every report"),
         ({"studies": ["scaling", "scaling"]}, "expected every value once"),
         ({"studies": ["relevance-offset"], "methods": ["linear"]}, "relevance-offset builds on head2toe"),
         ({"studies": ["activations"], "methods": ["linear"]}, "activations builds on head2toe"),
