@@ -13,6 +13,7 @@ import torch
 
 from h2t.adapter import save_head
 from h2t.device import default_device, processor
+from h2t.errors import UserError
 from h2t.head2toe import Head, fit
 from h2t.hyperparameters import Hyperparameters
 from pipelines.artifacts import HeadToTrain, features, identified_backbone
@@ -86,9 +87,20 @@ def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advan
         pending[train.remote(task, jobs, features(task, "train", size).names(run), run)] = jobs
     while pending:
         (finished,), _ = ray.wait(list(pending), num_returns=1)
-        raise_user_error([ray.get(finished)])
+        raise_user_error([_outcome(finished, pending[finished][0].task)])
         jobs = pending.pop(finished)
         advance(len(jobs), jobs[0].task)
+
+
+def _outcome(finished: ray.ObjectRef, task: str) -> str:
+    """What a training of heads returned. Raises UserError where its workers died, one after the other."""
+    try:
+        return str(ray.get(finished))
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise UserError(
+            f"{task}: three workers died while they trained final heads ({str(error).splitlines()[0]}); if "
+            "memory ran out, lower resources.memory_per_trial_gb or leave out the largest grid.target_size"
+        ) from None
 
 
 # The process ends with the task: an idle one would hold its memory, and its GPU's, beside the actors to come.

@@ -39,6 +39,7 @@ BAD_ROW = pa.struct([field for field in BAD_ROWS if field.name != "backbone"])
 
 Seen = Callable[[int], None]
 LOOKED_EVERY_S = 2.0
+LIVES = 3  # workers that a shard may take with it; Ray by itself would start another one for ever
 
 
 class ShardStep(Protocol):
@@ -63,12 +64,23 @@ def process_shards(
     refuses those.
     """
     bad: list[BadRow] = []
+    deadly: list[str] = []
     counter = ImageCounter.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     with CountedImages(counter, shards, advance) as counted:
         for row in stream_shards(session, shards, make_step, counter):
+            if row["deadly"]:
+                deadly.append(row["deadly"])
+                continue
             raise_user_error([row["user_error"]])
             bad += [BadRow(**problem) for problem in row["bad"]]
             counted.finish(f"{row['task']}/{row['split']}", row["n_images"] + len(row["bad"]))
+    if deadly:
+        raise UserError(
+            f"{len(deadly)} of {len(shards)} shards took {LIVES} workers with them, such as {deadly[0]}; the "
+            "others are done. If memory ran out: lower resources.images_per_forward, resources.shard_size or "
+            "resources.actors; else an image there may be what kills the reader: on_bad_image: skip will not "
+            "help, take it out"
+        )
     if session.config.on_bad_image == "refuse":
         refuse_bad_rows(bad)
     elif bad:
@@ -81,6 +93,12 @@ class ImageCounter:
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self.begun: Counter[int] = Counter()
+
+    def begin(self, shard: int) -> int:
+        """Count a worker that begins a shard; which one it is."""
+        self.begun[shard] += 1
+        return self.begun[shard]
 
     def add(self, place: str, count: int) -> None:
         """Count images."""
@@ -200,6 +218,9 @@ class ShardActor:
         number = batch["shard"][0].as_py()
         shard: Shard = self.shared["shards"][number]
         task: TaskData = self.shared["tasks"][shard.task]
+        counter, place = self.shared["counter"], f"{shard.task}/{shard.split}"
+        if counter and ray.get(counter.begin.remote(number)) > LIVES:
+            return self._row(shard, deadly=f"rows {shard.start} to {shard.stop - 1} of {place}")
         user_error = self.user_error or batch["user_error"][0].as_py()
         images, index = decoded_images(batch)
         bad = batch["bad"][0].as_py()
@@ -207,11 +228,21 @@ class ShardActor:
             rows = [{**row, "backbone": backbone_folder(task.config)} for row in bad]
             write_rows(self.shared["run"], self.shared["bad_rows_files"][number], BAD_ROWS, rows)
         if not user_error and (not bad or task.config.on_bad_image == "skip"):
-            counter, place = self.shared["counter"], f"{shard.task}/{shard.split}"
             seen: Seen = lambda count: counter and counter.add.remote(place, count)  # noqa: E731
             user_error = user_error_of(lambda: self.step(task, shard, images, index, seen))
-        row = {"task": shard.task, "split": shard.split, "n_images": len(images), "bad": bad}
-        return pa.Table.from_pylist([{**row, "user_error": user_error}])
+        return self._row(shard, n_images=len(images), bad=bad, user_error=user_error)
+
+    def _row(self, shard: Shard, **said: Any) -> pa.Table:
+        """What the driver is told of a shard."""
+        row = {
+            "task": shard.task,
+            "split": shard.split,
+            "n_images": 0,
+            "bad": [],
+            "user_error": "",
+            "deadly": "",
+        }
+        return pa.Table.from_pylist([row | said])
 
 
 def decode_shard(batch: pa.Table, shared: list[ray.ObjectRef]) -> pa.Table:

@@ -1,9 +1,12 @@
 """The whole pipeline on a real Ray: equal results however it is run, and only what is missing is done."""
 
 import hashlib
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,3 +277,27 @@ def test_a_shard_that_is_done_twice_counts_once() -> None:
     images._tell("t/train", 14)  # four of them again, by another worker
     images.finish("t/train", 10)
     assert counted == [6, 4]
+
+
+class DeadlyStep:
+    """Kills its worker at the first rows, and does the others."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+
+    def __call__(self, task: Any, shard: Shard, *_: object) -> None:
+        if shard.start == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.run.write(f"done-{shard.start}", b"")
+
+
+def test_a_shard_that_kills_its_workers_is_told_and_the_others_are_done(images: Path, tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path))
+    session = Session(small_config(images), run, Console(quiet=True))
+    missing = shards(features(session.tasks["first"], "train", 16).missing(run, []), 8)
+    message = (
+        "1 of 3 shards took 3 workers with them, such as rows 0 to 7 of first/train; the others are done"
+    )
+    with pytest.raises(UserError, match=message):
+        process_shards(session, missing, partial(DeadlyStep, run), lambda count, place: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"done-8", "done-16"}
