@@ -55,7 +55,7 @@ def without_line(words: str) -> Iterator[None]:
 class Cluster:
     """Logical resources of the cluster; ``local`` when it was started here, on ``cores`` real cores.
 
-    ``store_bytes``: of the smallest object store of its nodes.
+    ``store_bytes``: of the largest object store of the nodes that are there.
     """
 
     cpus: int
@@ -89,7 +89,7 @@ def connect(
     nodes = [node for node in ray.nodes() if node["Alive"]]
     stores = [int(node["Resources"].get("object_store_memory", 0)) for node in nodes]
     cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
-    return Cluster(cpus, gpus, len(nodes), address is None, cores, min(stores, default=0))
+    return Cluster(cpus, gpus, len(nodes), address is None, cores, max(stores, default=0))
 
 
 def object_store_bytes(wanted: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from h2t.errors import UserError
 from h2t.features import keep_features
 from h2t.head2toe import Head
 from h2t.metrics import accuracy, cross_entropy
@@ -56,9 +57,14 @@ def make_trials(stage: str, session: Session, missing: Sequence[Trial], advance:
         for task in [session.tasks[pack.trials[0].task]]
     }
     largest = max(session.matrix_bytes[pack.target_size] for pack in packs)
-    cache = FeatureCache.options(num_cpus=0).remote(  # type: ignore[attr-defined]
-        run, files, matrices_kept(largest, cluster.store_bytes)
-    )
+    try:
+        kept = matrices_kept(largest, cluster.store_bytes)
+    except UserError as error:
+        if cluster.local:
+            raise
+        kept = 1
+        session.console.print(f"{error}; nodes that are to come may have larger ones")
+    cache = FeatureCache.options(num_cpus=0).remote(run, files, kept)  # type: ignore[attr-defined]
     try:
         run_jobs(
             session,
