@@ -38,14 +38,22 @@ MOMENTS = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("methods", "moments"),
+    [
+        (["linear", "head2toe"], (MOMENTS[1], MOMENTS[3])),
+        pytest.param(["linear", "head2toe", "scratch"], MOMENTS, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.timeout(400)
-def test_killed_in_every_stage_and_run_again(images: Path, tmp_path: Path) -> None:
+def test_killed_in_every_stage_and_run_again(
+    images: Path, tmp_path: Path, methods: list[str], moments: tuple[str, ...]
+) -> None:
     finetune = {"learning_rate": [0.1], "steps": [2], "batch_size": 8, "folds": 0}
-    methods = ["linear", "head2toe", "scratch"]
     config = small_config(images, ("first",), methods=methods, finetune=finetune)
     folder, undisturbed = tmp_path / "run", RunDirectory(str(tmp_path / "undisturbed"))
     killed, n_killed = RunDirectory(str(folder)), 0
-    for moment in MOMENTS:
+    for moment in moments:
         if list(folder.glob(moment)):
             continue  # of steps that follow each other within a moment
         process = start(config, tmp_path)
@@ -55,7 +63,7 @@ def test_killed_in_every_stage_and_run_again(images: Path, tmp_path: Path) -> No
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert n_killed >= 4
+    assert n_killed >= len(moments) // 2
     leftover = folder / "trials" / "test_efficientnet" / "first" / "frozen" / ".tmp-left-behind"
     leftover.write_bytes(b"half a file")
     before = {path: path.stat().st_mtime_ns for path in (folder / "features").rglob("*.parquet")}
