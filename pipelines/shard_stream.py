@@ -65,6 +65,7 @@ def process_shards(
     """
     bad: list[BadRow] = []
     deadly: list[str] = []
+    _ = session.cluster  # else the first actor would start a Ray of its own
     counter = ImageCounter.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     with CountedImages(counter, shards, advance) as counted:
         for row in stream_shards(session, shards, make_step, counter):

@@ -220,7 +220,10 @@ def test_names_of_folders_say_nothing_that_readers_take_for_columns(finished: Ru
     assert not [path for path in Path(finished.uri).rglob("*") if "=" in path.name]
 
 
-@pytest.mark.parametrize("kind", ["features", "trials", "heads", "predictions", "results", "manifests"])
+RARELY = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("trials", "predictions", "results")]
+
+
+@pytest.mark.parametrize("kind", ["features", "heads", "manifests", *RARELY])
 def test_a_damaged_file_is_set_aside_said_and_made_again(
     finished: RunDirectory, images: Path, tmp_path: Path, console: Console, kind: str
 ) -> None:

@@ -40,7 +40,11 @@ def run_two(tmp_path: Path, images: Path, shared: dict[int, Exception]) -> list[
 
 
 @pytest.mark.parametrize(
-    ("reason", "advised"), [("no such file", False), ("the node ran low on memory", True)]
+    ("reason", "advised"),
+    [
+        pytest.param("no such file", False, marks=pytest.mark.slow),
+        ("the node ran low on memory", True),
+    ],
 )
 def test_a_job_that_keeps_failing_is_one_message(
     images: Path, tmp_path: Path, reason: str, advised: bool

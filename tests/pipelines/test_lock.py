@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,26 +60,26 @@ def test_the_lock_of_a_dead_process_is_taken_over(run: RunDirectory) -> None:
         assert json.loads(run.read(LOCK))["process"] == os.getpid()
 
 
-def holder(**changes: object) -> bytes:
-    there = {"host": "elsewhere", "process": 1, "started": 1, "token": "x", "renewed": time.time()}
+def holder(age: float, **changes: object) -> bytes:
+    there = {"host": "elsewhere", "process": 1, "started": 1, "token": "x", "renewed": time.time() - age}
     return json.dumps(there | changes).encode()
 
 
 @pytest.mark.parametrize(
-    ("content", "free"),
+    ("make", "free"),
     [
-        (holder(), False),
-        (holder(renewed=time.time() - 1000), True),
-        (
-            holder(host=socket.gethostname(), process=1, started=-1),
-            True,
-        ),  # another process has its number now
-        (b"", True),
-        (b'{"host"', True),
+        (lambda: holder(0), False),
+        (lambda: holder(1000), True),
+        (lambda: holder(0, host=socket.gethostname(), process=1, started=-1), True),
+        (lambda: b"", True),
+        (lambda: b'{"host"', True),
     ],
     ids=["elsewhere, alive", "elsewhere, silent", "here, another process", "empty", "damaged"],
 )
-def test_who_is_elsewhere_counts_by_its_last_sign(run: RunDirectory, content: bytes, free: bool) -> None:
+def test_who_is_elsewhere_counts_by_its_last_sign(
+    run: RunDirectory, make: Callable[[], bytes], free: bool
+) -> None:
+    content = make()
     run.write(LOCK, content)
     if free:
         with locked(run):

@@ -46,6 +46,7 @@ def short_folder() -> Iterator[str]:
 
 @pytest.mark.skipif(not namespaces_are_allowed(), reason="needs unprivileged network namespaces")
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_a_submitted_job_runs_on_two_nodes(tmp_path: Path, short_folder: str) -> None:
     write_task(tmp_path, "first")
     config = small_config(tmp_path, ("first",), resources={"actors": 2})

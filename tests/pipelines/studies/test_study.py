@@ -142,7 +142,10 @@ def test_running_again_does_nothing_and_a_study_less_takes_nothing_away(
     assert after == before
 
 
-@pytest.mark.parametrize("kind", ["trials", "chosen", "heads", "predictions", "results"])
+RARELY = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("trials", "chosen", "predictions")]
+
+
+@pytest.mark.parametrize("kind", ["heads", "results", *RARELY])
 def test_a_deleted_file_of_a_study_is_made_again_and_nothing_else(
     run: RunDirectory, images: Path, kind: str
 ) -> None:
