@@ -54,15 +54,14 @@ STAGES = ["extract", "sweep", "evaluate", "finetune", "study"]
 def _run(config: Config, run_dir: str | None, stages: list[str], address: str | None, tables: bool) -> None:
     """Run stages and, after all of them, the report."""
     # These need seconds to import; help and errors need none of them.
-    from pipelines.doctor import examine_machine
+    from pipelines.doctor import failures
     from pipelines.report import report
     from pipelines.run import run_stages
     from pipelines.run_directory import RunDirectory
 
     started = time.monotonic()
-    for finding in examine_machine():
-        if finding.result == "FAIL":
-            console.print(f"{finding.check}: {finding.found}; {finding.fix}")
+    for finding in failures():
+        console.print(f"{finding.check}: {finding.found}; {finding.fix}")
     uri = run_dir or f"runs/{config.name}"
     run = RunDirectory(uri)
     run.require_writable()

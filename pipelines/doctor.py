@@ -38,6 +38,11 @@ def examine_machine() -> list[Finding]:
     return [check() for check in checks]
 
 
+def failures() -> list[Finding]:
+    """What would stop any run; asks no GPU for anything, since that would take some of its memory."""
+    return [finding for check in (_python, _packages, _gpu) if (finding := check()).result == "FAIL"]
+
+
 def examine_recipe(config: Config, run: RunDirectory) -> Iterator[Finding]:
     """What only a recipe tells: weights, images, and the run directory."""
     yield _said(
@@ -162,8 +167,7 @@ def _gpu() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-        return Finding("GPU", "PASS", f"{', '.join(names)}; CUDA {torch.version.cuda}")
+        return Finding("GPU", "PASS", f"{torch.cuda.device_count()}; CUDA {torch.version.cuda}")
     if shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists():
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "for processors alone"
         return Finding(

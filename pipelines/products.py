@@ -105,13 +105,19 @@ class RowFiles:
         if self.labels is None or not self.holds_rows(name):
             return True
         index, labels = (keys[column].to_numpy() for column in ("index", "label"))
+        found, counts = np.unique(index, return_counts=True)
+        expected = np.array(self.rows(name))
+        if not np.array_equal(found, expected):
+            expected = np.setdiff1d(expected, self._bad_rows(run, name))
+        right = np.array_equal(found, expected) and len(set(counts)) <= 1
+        return right and bool((labels == self.labels[index]).all())
+
+    def _bad_rows(self, run: RunDirectory, name: str) -> np.ndarray:
+        """The rows of a file that were left out as bad, int64."""
         rows = self.rows(name)
         listed = f"{self.bad_rows}-{rows.start:06d}-{rows.stop:06d}-"
         lists = [file for file in run.names(listed.rpartition("/")[0]) if file.startswith(listed)]
-        bad = run.read_frame(lists, ["index"])["index"].to_numpy() if lists else np.empty(0, int)
-        found, counts = np.unique(index, return_counts=True)
-        whole = np.array_equal(found, np.setdiff1d(np.arange(rows.start, rows.stop), bad))
-        return whole and len(set(counts)) <= 1 and bool((labels == self.labels[index]).all())
+        return run.read_frame(lists, ["index"])["index"].to_numpy() if lists else np.empty(0, np.int64)
 
     def name(self, start: int, stop: int) -> str:
         """The file of rows ``start`` up to ``stop``."""
