@@ -174,7 +174,8 @@ def plan_command(recipe: Recipe, set_: Set = None) -> None:
         )
     console.print(
         f"One device is a worker of this machine ({rates.device}): {rates.images:.3g} images/s, "
-        f"{rates.head_flops / 1e9:.3g} GFLOP/s on heads, measured now."
+        f"{rates.head_flops / 1e9:.3g} GFLOP/s on heads ({rates.final_flops / 1e9:.3g} on final ones), "
+        "measured now."
     )
 
 

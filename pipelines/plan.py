@@ -31,6 +31,7 @@ STAGE_S = 6.0  # of the workers of one stage: they import torch and load what th
 JOB_S = 0.35  # of one job of Tune
 RESULTS_S = 1.0  # of a task's small tables
 CALIBRATION_IMAGES, CALIBRATION_STEPS = 24, 12
+MOST_TOGETHER = 16  # heads of a calibration
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,15 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second: images through backbone and pooling; operations on heads."""
+    """What a device does in a second: images through backbone and pooling; operations on heads.
+
+    ``head_flops`` of the many heads that the cross-validation trains together, ``final_flops`` of the few
+    of one seed.
+    """
 
     images: float
     head_flops: float
+    final_flops: float
     device: str
 
 
@@ -60,6 +66,11 @@ class _Facts:
     tasks: Sequence[TaskData]
     backbone: Backbone
     layouts: Mapping[int, FeatureLayout]
+
+    @property
+    def methods(self) -> list[str]:
+        """Those on frozen features."""
+        return [name for name in self.config.methods if not METHODS[name].trains_backbone]
 
     @property
     def n_stored(self) -> int:
@@ -97,15 +108,25 @@ def calibrate(facts: _Facts, cores: int = 1) -> Rates:
         started = time.perf_counter()
         reader(images)
         rate = CALIBRATION_IMAGES / (time.perf_counter() - started)
-    layout = facts.layouts[min(facts.layouts)]
+    size = min(facts.layouts)
+    points = [p for name in facts.methods for p in facts.config.search_space(name) if p.target_size == size]
+    together = len({_scoring(p) for p in points if METHODS[p.method].features != "embedding" and p.steps})
+    few = sum(METHODS[name].features != "embedding" and not METHODS[name].solver for name in facts.methods)
+    most = max(1, min(together, MOST_TOGETHER))
+    return Rates(rate, _head_rate(facts, most, device), _head_rate(facts, max(1, few), device), device)
+
+
+def _head_rate(facts: _Facts, n_heads: int, device: str) -> float:
+    """Operations a second of so many heads that are trained together on all features."""
+    layout, task = facts.layouts[min(facts.layouts)], facts.tasks[0]
     features = np.random.default_rng(0).random((512, layout.n_features), np.float32)
-    labels = np.arange(512) % 10
-    points = [Hyperparameters("all_l21", 0, 0.1 / (n + 1), CALIBRATION_STEPS, 1e-5) for n in range(2)]
+    labels = np.arange(512) % task.n_classes
+    points = [Hyperparameters("all_l21", 0, 0.1 / (n + 1), CALIBRATION_STEPS, 1e-5) for n in range(n_heads)]
+    options = {"n_classes": task.n_classes, "embedding": facts.backbone.embedding, "device": device}
     started = time.perf_counter()
-    list(fit(features, labels, layout, points, n_classes=10, embedding=backbone.embedding, device=device))
+    list(fit(features, labels, layout, points, **options))  # type: ignore[arg-type]
     seconds = time.perf_counter() - started
-    operations = len(points) * head_flops(layout.n_features, 10, CALIBRATION_STEPS)
-    return Rates(rate, operations / seconds, device)
+    return n_heads * head_flops(layout.n_features, task.n_classes, CALIBRATION_STEPS) / seconds
 
 
 def plan(facts: _Facts, rates: Rates) -> list[StagePlan]:
@@ -121,8 +142,7 @@ def _frozen(facts: _Facts, rates: Rates) -> Iterator[StagePlan]:
         "extract", f"{facts.n_stored:,} images", float(facts.n_stored * cost.forward_flops), float(stored),
         shards, facts.n_stored / rates.images + STAGE_S,
     )  # fmt: skip
-    methods = [name for name in config.methods if not METHODS[name].trains_backbone]
-    points = [point for method in methods for point in config.search_space(method)]
+    points = [point for method in facts.methods for point in config.search_space(method)]
     n_folds = config.cross_validation.n_folds
     trainings = sum(
         n_folds * training_flops(facts, task, points, share=1 - 1 / n_folds) for task in facts.tasks
@@ -133,14 +153,14 @@ def _frozen(facts: _Facts, rates: Rates) -> Iterator[StagePlan]:
         "sweep", f"{n_trials:,} trials", trainings, 300.0 * n_trials, packs,
         trainings / rates.head_flops + JOB_S * packs + STAGE_S,
     )  # fmt: skip
-    chosen = [next(point for point in points if point.method == method) for method in methods]
+    chosen = [next(point for point in points if point.method == method) for method in facts.methods]
     finals = sum(len(config.seeds) * training_flops(facts, task, chosen) for task in facts.tasks)
     n_heads = len(chosen) * len(config.seeds) * len(facts.tasks)
     yield StagePlan(
         "evaluate", f"{n_heads:,} heads, {facts.n_test:,} test images",
         finals + facts.n_test * cost.forward_flops, 20.0 * n_heads * facts.n_test / max(len(facts.tasks), 1),
         math.ceil(facts.n_test / config.resources.shard_size),
-        finals / rates.head_flops + facts.n_test / rates.images + 2 * STAGE_S + RESULTS_S * len(facts.tasks),
+        finals / rates.final_flops + facts.n_test / rates.images + 2 * STAGE_S + RESULTS_S * len(facts.tasks),
     )  # fmt: skip
 
 
@@ -150,27 +170,28 @@ def training_flops(
     """Operations of training points on a share of a task's images; a scoring phase counts once for all F."""
     total, batch = 0.0, min(facts.config.batch_size, max(1, int(share * len(task.labels["train"]))))
 
-    def scoring(point: Hyperparameters) -> tuple[object, ...]:
-        method = METHODS[point.method]
-        return (method.features, method.regularizer, point.target_size, point.learning_rate, point.steps,
-                point.coefficient, method.normalization, method.scored)  # fmt: skip
-
-    for _, group in groupby(sorted(points, key=lambda p: str(scoring(p))), key=lambda p: str(scoring(p))):
+    for _, group in groupby(sorted(points, key=_scoring), key=_scoring):
         members = list(group)
         layout = facts.layouts[members[0].target_size]
         widths = dict(zip(layout.taps, layout.widths, strict=True))
         method, steps = METHODS[members[0].method], members[0].steps
         if method.features == "embedding":
-            read = widths[facts.backbone.embedding]
-            total += sum(head_flops(read, task.n_classes, max(p.steps, 1), batch) for p in members)
+            total += head_flops(widths[facts.backbone.embedding], task.n_classes, max(steps, 1), batch)
             continue
         n_features = layout.n_features
-        if method.features == "all" or method.scored:
+        if method.scored:
             total += head_flops(n_features, task.n_classes, max(steps, 1), batch)
-        if method.features == "kept":
-            kept = sum(int(n_features * p.keep_fraction) for p in members)
-            total += head_flops(kept, task.n_classes, steps, batch)
+        kept = [int(n_features * p.keep_fraction) for p in members if METHODS[p.method].features == "kept"]
+        total += head_flops(sum(kept), task.n_classes, steps, batch)
     return total
+
+
+def _scoring(point: Hyperparameters) -> str:
+    """What says that points share their training on all features, or on the embedding."""
+    method = METHODS[point.method]
+    parts = (method.regularizer, point.target_size, point.learning_rate, point.steps, point.coefficient,
+             method.normalization, method.scored, method.solver, method.features == "embedding")  # fmt: skip
+    return str(parts)
 
 
 def _finetuned(facts: _Facts, rates: Rates) -> Iterator[StagePlan]:
