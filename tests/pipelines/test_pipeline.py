@@ -228,6 +228,7 @@ def test_stages_out_of_order_say_what_to_run_first(images: Path, tmp_path: Path)
         report([run], run, Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_a_run_in_an_object_store_has_the_same_rows_and_goes_on(
     finished: RunDirectory, images: Path, s3: str, console: Console
 ) -> None:

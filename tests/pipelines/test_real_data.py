@@ -136,6 +136,7 @@ def test_other_weights_in_the_same_file_are_read_again(
     assert not read[0]["pre_logits"].equals(read[1]["pre_logits"])
 
 
+@pytest.mark.slow
 def test_a_head_that_is_made_again_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
     """Alone, where it was made beside others."""
     root, run = write_classes(tmp_path / "images"), RunDirectory(str(tmp_path / "run"))
