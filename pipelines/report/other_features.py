@@ -6,18 +6,15 @@ import pandas as pd
 
 from h2t import paper
 from h2t.statistics import accuracy_estimate, paired_difference
-from pipelines.report.figures import draw, figure_name, intervals
 from pipelines.report.frames import Frames, model_name
 from pipelines.report.studies import Section
 from pipelines.report.tables import (
-    by_backbone,
     in_paper_order,
     medians,
     signed,
-    task_title,
     tasks_in_order,
 )
-from pipelines.report.trained import points, variant_table
+from pipelines.report.trained import interval_figures, variant_table
 
 ORIGINAL, METHOD = "original", "head2toe"
 
@@ -48,28 +45,11 @@ def section_of_features(
     table_name, _, backbone = published.partition(" ")
     if any(model_name(name) == backbone for name in rows["backbone"]):
         note += " " + _beside_paper(table_name, titles)
-    table = variant_table(study, title, note, rows, lambda name: titles.get(name, name))
-    figures = []
-    for name, part in by_backbone(rows).items():
-        data = pd.DataFrame(
-            {
-                "Task": part["task"].map(task_title),
-                "Features": part["variant"].map(lambda variant: titles.get(variant, variant)),
-                "Accuracy": part["accuracy"].map(points),
-                "Low": part["low"].map(points),
-                "High": part["high"].map(points),
-            }
-        )
-        figures.append(
-            draw(
-                figure_name(study, name, frames.backbones),
-                f"Test accuracy of Head2Toe, percent, with its 95 % interval, {name}.",
-                "The numbers are in the table of the same title.",
-                intervals(data, y="Features", panel="Task"),
-                data,
-            )
-        )
-    return Section(study, title, position, words, (table,), tuple(figures), folded=True)
+    names = {name: titles.get(name, name) for name in rows["variant"]}
+    table = variant_table(study, title, note, rows, names.__getitem__)
+    caption = "Test accuracy of Head2Toe, percent, with its 95 % interval"
+    figures = interval_figures(frames, rows, study, caption, "Features", names.__getitem__)
+    return Section(study, title, position, words, (table,), figures, folded=True)
 
 
 def variant_rows_of_recipes(frames: Frames, study: str) -> pd.DataFrame:

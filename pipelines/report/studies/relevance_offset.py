@@ -1,15 +1,13 @@
 """Figure 11, right: accuracy with the features behind those of the highest relevance."""
 
-import pandas as pd
-
 from h2t import metrics
-from pipelines.report.figures import PALETTE, ReportFigure, draw, figure_name, lines
+from pipelines.report.figures import PALETTE
 from pipelines.report.frames import Frames
 from pipelines.report.studies import Section
-from pipelines.report.tables import by_backbone, percent, task_title
-from pipelines.report.trained import over_tasks, points, variant_rows, variant_table
+from pipelines.report.tables import percent
+from pipelines.report.trained import Curves, over_tasks, variant_rows, variant_table
 
-NAME, TITLE = "relevance-offset", "Features of lower relevance"
+NAME, TITLE, METHOD = "relevance-offset", "Features of lower relevance", "Head2Toe"
 NOTE = (
     "Test accuracy of a head on consecutive features by rank of their relevance score, beginning behind as "
     "many as the offset says; everything else as cross-validation chose it for Head2Toe; reference: offset 0."
@@ -21,10 +19,10 @@ def section(frames: Frames) -> Section | None:
     rows = variant_rows(frames, NAME)
     if rows.empty:
         return None
-    figures = tuple(
-        figure
-        for backbone, part in by_backbone(rows).items()
-        for figure in _figures(part, backbone, frames.backbones)
+    caption = "Test accuracy, percent, of features behind the offset"
+    colours = {METHOD: (PALETTE[0], "circle")}
+    figures = Curves(NAME, caption, "Offset", "Features", lambda series: METHOD, colours).figures(
+        frames, rows
     )
     first, last = (
         rows.loc[rows.groupby(["backbone", "task"])["x"].agg(end), "accuracy"] for end in ("idxmin", "idxmax")
@@ -41,33 +39,3 @@ def section(frames: Frames) -> Section | None:
     )
     table = variant_table(NAME, TITLE, NOTE, rows, header="Features")
     return Section(NAME, TITLE, 140, words, (table,), figures, folded=True)
-
-
-def _figures(rows: pd.DataFrame, backbone: str, backbones: list[str]) -> list[ReportFigure]:
-    colours = {"Head2Toe": (PALETTE[0], "circle")}
-    caption = f"Test accuracy, percent, of features behind the offset, {backbone}"
-    shown = []
-    for name, part in ((f"{NAME}-mean", over_tasks(rows).assign(task="")), (NAME, rows)):
-        data = pd.DataFrame(
-            {
-                "Task": part["task"].map(task_title),
-                "Features": "Head2Toe",
-                "Offset": part["x"].astype(int),
-                "Accuracy": part["accuracy"].map(points),
-            }
-        )
-        chart = lines(
-            data,
-            x="Offset",
-            y="Accuracy",
-            series="Features",
-            colours=colours,
-            panel="Task" if name == NAME else None,
-        )
-        ending = "." if name == NAME else ": mean over tasks."
-        if len(data):
-            shown.append(
-                draw(figure_name(name, backbone, backbones), caption + ending,
-                     "The numbers are in the table of the same title.", chart, data)
-            )  # fmt: skip
-    return shown

@@ -1,12 +1,14 @@
 """Figures 7 (right), 14 and 16: more candidates, by target size and part of the taps."""
 
+from collections.abc import Iterator
+
 import pandas as pd
 
-from pipelines.report.figures import PALETTE, SHAPES, ReportFigure, draw, figure_name, lines
+from pipelines.report.figures import PALETTE, SHAPES, ReportFigure
 from pipelines.report.frames import Frames
 from pipelines.report.studies import Section
-from pipelines.report.tables import GROUPS, ahead, by_backbone, task_title
-from pipelines.report.trained import over_tasks, points, variant_rows, variant_table
+from pipelines.report.tables import GROUPS, ahead, by_backbone
+from pipelines.report.trained import Curves, over_tasks, variant_rows, variant_table
 
 NAME, TITLE = "scaling", "More candidates"
 NOTE = (
@@ -21,11 +23,7 @@ def section(frames: Frames) -> Section | None:
     rows = variant_rows(frames, NAME)
     if rows.empty:
         return None
-    figures = tuple(
-        figure
-        for backbone, part in by_backbone(rows).items()
-        for figure in _figures(part, backbone, frames.backbones)
-    )
+    figures = tuple(_figures(frames, rows))
     means = over_tasks(rows).groupby("series")["accuracy"].max()
     words = (
         f"With all taps Head2Toe is {ahead(means.iloc[-1] - means.iloc[0])} "
@@ -45,32 +43,20 @@ def _title(variant: str) -> str:
     return f"{_part(fraction).capitalize()} {rest}"
 
 
-def _figures(rows: pd.DataFrame, backbone: str, backbones: list[str]) -> list[ReportFigure]:
-    shown = {
-        _part(series): (PALETTE[2 * n], SHAPES[n]) for n, series in enumerate(sorted(rows["series"].unique()))
-    }
-    groups = [group for group in GROUPS if group in set(rows["group"])]
-    by_group = pd.concat([over_tasks(rows).assign(task="All tasks")] + [
-        over_tasks(rows[rows["group"] == group]).assign(task=group.capitalize()) for group in groups
-    ])  # fmt: skip
-    caption = f"Test accuracy, percent, against the target size, with parts of the taps, {backbone}"
-    return [
-        draw(
-            figure_name(name, backbone, backbones),
-            f"{caption}{ending}",
-            "The numbers are in the table of the same title.",
-            lines(data, x="Target size", y="Accuracy", series="Taps", colours=shown, panel="Task", log=True),
-            data,
-        )
-        for name, part, ending in ((f"{NAME}-groups", by_group, ": means over tasks."), (NAME, rows, "."))
-        for data in [
-            pd.DataFrame(
-                {
-                    "Task": part["task"].map(task_title),
-                    "Taps": part["series"].map(_part),
-                    "Target size": part["x"].astype(int),
-                    "Accuracy": part["accuracy"].map(points),
-                }
-            )
+def _figures(frames: Frames, rows: pd.DataFrame) -> Iterator[ReportFigure]:
+    """For every backbone, panels of groups of tasks, and of tasks."""
+    series = sorted(rows["series"].unique())
+    colours = {_part(name): (PALETTE[2 * n], SHAPES[n]) for n, name in enumerate(series)}
+    caption = "Test accuracy, percent, against the target size, with parts of the taps"
+    curves = Curves(NAME, caption, "Target size", "Taps", _part, colours, log=True)
+    for backbone, part in by_backbone(rows).items():
+        groups = {group.capitalize(): part[part["group"] == group] for group in GROUPS}
+        means = [
+            over_tasks(some).assign(task=title)
+            for title, some in {"All tasks": part, **groups}.items()
+            if len(some)
         ]
-    ]
+        yield curves.panels(
+            f"{NAME}-groups", pd.concat(means), backbone, frames, ending=": means over tasks."
+        )
+        yield curves.panels(NAME, part, backbone, frames)

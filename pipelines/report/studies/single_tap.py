@@ -18,7 +18,7 @@ from pipelines.report.tables import (
     task_title,
     with_backbone,
 )
-from pipelines.report.trained import points, variant_rows, variant_table
+from pipelines.report.trained import IN_TABLE, points, variant_rows, variant_table
 
 NAME, TITLE = "single-tap", "The embedding and one more tap"
 ALONE = "embedding alone"  # the variant that the others are compared with
@@ -147,7 +147,7 @@ def _panels(rows: pd.DataFrame, backbone: str, backbones: list[str]) -> ReportFi
     return draw(
         figure_name("single-tap", backbone, backbones),
         f"Test accuracy, percent, of the embedding of {backbone} with one more tap, from input to output.",
-        "The numbers are in the table of the same title.",
+        IN_TABLE,
         lines(data, x="Position", y="Accuracy", series="Head", colours=colours, panel="Task", points=False),
         data,
     )
@@ -167,7 +167,7 @@ def _heat(rows: pd.DataFrame, backbone: str, backbones: list[str]) -> ReportFigu
     return draw(
         figure_name("single-tap-gain", backbone, backbones),
         f"Gain of each tap over the embedding of {backbone} alone, in points of percent.",
-        "The numbers are in the table of the same title.",
+        IN_TABLE,
         heat(data, row="Task", column="Tap", value="Gain", diverging=True),
         data,
     )

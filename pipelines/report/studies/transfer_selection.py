@@ -6,7 +6,7 @@ from pipelines.report.figures import ReportFigure, draw, figure_name, heat
 from pipelines.report.frames import Frames
 from pipelines.report.studies import Section
 from pipelines.report.tables import by_backbone, signed, task_title
-from pipelines.report.trained import points, variant_rows, variant_table
+from pipelines.report.trained import IN_TABLE, points, variant_rows, variant_table
 
 NAME, TITLE = "transfer-selection", "Features kept on another task"
 NOTE = (
@@ -45,7 +45,7 @@ def _figure(rows: pd.DataFrame, backbone: str, backbones: list[str]) -> ReportFi
         figure_name(NAME, backbone, backbones),
         "Change of the test accuracy, points of percent, with features that were kept on another "
         f"task, {backbone}.",
-        "The numbers are in the table of the same title.",
+        IN_TABLE,
         heat(data, row="Kept on", column="Used for", value="Difference", diverging=True, cell=48),
         data,
     )
