@@ -118,15 +118,13 @@ def _folds_key(task: TaskData) -> list[Any]:
 def features(task: TaskData, split: Split, target_size: int) -> RowFiles:
     """Features of one split at one target size: a row per image, a list of float32 per tap."""
     folder = _folder(task, "features", f"target-size-{target_size}", task.name, split)
-    labels = task.labels[split]
-    return RowFiles(
-        folder, features_key(task, split), task.name, split, len(labels), target_size, "extract", labels,
-        _bad_rows(task, split),
-    )  # fmt: skip
+    return _row_files(task, split, folder, features_key(task, split), target_size, "extract")
 
 
-def _bad_rows(task: TaskData, split: Split) -> str:
-    return f"{_folder(task, 'bad_rows')}/{split}"
+def _row_files(task: TaskData, split: Split, folder: str, key: str, tag: int | str, stage: str) -> RowFiles:
+    """A table of the rows of a split, which has its labels but for the rows that are bad."""
+    labels, bad_rows = task.labels[split], f"{_folder(task, 'bad_rows')}/{split}"
+    return RowFiles(folder, key, task.name, split, len(labels), tag, stage, labels, bad_rows)
 
 
 def bad_rows_file(task: TaskData, shard: Shard) -> str:
@@ -325,10 +323,9 @@ def checkpoint_file(task: TaskData, member: Finetuning) -> str:
 def predictions(task: TaskData, kind: Kind, models: Iterable[str]) -> RowFiles:
     """What heads or adapted models, given by their files, predict for the test images."""
     key = fingerprint(PREDICTIONS_VERSION, list(models), features_key(task, "test"))
-    labels = task.labels["test"]
     stage = "evaluate" if kind == "frozen" else "finetune"
     folder = _folder(task, "predictions", task.name, kind)
-    return RowFiles(folder, key, task.name, "test", len(labels), kind, stage, labels, _bad_rows(task, "test"))
+    return _row_files(task, "test", folder, key, kind, stage)
 
 
 def results(task: TaskData, kind: Kind, keys: Sequence[Any]) -> Files:
@@ -398,10 +395,7 @@ def study_predictions(task: TaskData, study: str, jobs: Iterable[HeadToTrain], n
     """What the heads of a study predict for the test images; ``names``: of their variants."""
     heads = [_base(job.file) for job in jobs]
     key = fingerprint(PREDICTIONS_VERSION, heads, names, features_key(task, "test"))
-    folder, labels = _study_folder(task, "predictions", study), task.labels["test"]
-    return RowFiles(
-        folder, key, task.name, "test", len(labels), study, "study", labels, _bad_rows(task, "test")
-    )
+    return _row_files(task, "test", _study_folder(task, "predictions", study), key, study, "study")
 
 
 def study_results(task: TaskData, study: str, variants: Sequence[Variant], predicted: str) -> Files:

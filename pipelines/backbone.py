@@ -2,9 +2,11 @@
 
 from h2t.backbones.loading import Backbone
 from h2t.backbones.pair import load_section
+from h2t.backbones.tap_reader import feature_layout
 from h2t.extraction import preprocessing_config
+from h2t.features import FeatureLayout
 from h2t.images.preprocessing import Preprocessing
-from pipelines.config import BackboneConfig
+from pipelines.config import BackboneConfig, Config
 
 
 def load(config: BackboneConfig, device: str = "cpu", weights: str | None = None) -> Backbone:
@@ -14,6 +16,12 @@ def load(config: BackboneConfig, device: str = "cpu", weights: str | None = None
         section |= {"weights": weights, "sha256": None}
         section["second"] = section["second"] and section["second"] | {"weights": weights, "sha256": None}
     return load_section(section, device)
+
+
+def layouts(config: Config, backbone: Backbone) -> dict[int, FeatureLayout]:
+    """The layout of a recipe's features at each of its target sizes."""
+    token = config.backbone.cls_token
+    return {size: feature_layout(backbone, size, token) for size in config.grid.target_size}
 
 
 def preprocessing_of(config: BackboneConfig) -> Preprocessing:

@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +70,7 @@ def connect(
     address: str | None = None,
     cores: int | None = None,
     environment: Mapping[str, str] | None = None,
-    store_bytes: int = 0,
+    store_bytes: Callable[[], int] = lambda: 0,
 ) -> Cluster:
     """Connect to the cluster at ``address`` (or ``RAY_ADDRESS``), or start one on this machine.
 
@@ -127,7 +127,9 @@ def _temporary_folder() -> str | None:
     )
 
 
-def _start(address: str | None, cores: int, environment: Mapping[str, str], store_bytes: int) -> None:
+def _start(
+    address: str | None, cores: int, environment: Mapping[str, str], store_bytes: Callable[[], int]
+) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would swallow Ctrl-C, then and later
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints a banner even when told to be silent
@@ -143,7 +145,7 @@ def _start(address: str | None, cores: int, environment: Mapping[str, str], stor
         ray.init(
             num_cpus=cores + SPARE_CPUS,
             include_dashboard=False,
-            object_store_memory=object_store_bytes(store_bytes),
+            object_store_memory=object_store_bytes(store_bytes()),
             _temp_dir=_temporary_folder(),
             **quiet,
         )

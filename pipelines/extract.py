@@ -7,10 +7,9 @@ from functools import partial
 import numpy as np
 
 from h2t.backbones.pretrained import find_weights, name_in_timm, weights_identity
-from h2t.backbones.tap_reader import feature_layout
 from h2t.costs import measure_backbone
 from pipelines.artifacts import backbone_folder, bad_rows, features, features_key, manifest, write_rows
-from pipelines.backbone import load
+from pipelines.backbone import layouts, load
 from pipelines.config import Config
 from pipelines.feature_files import FeatureTable, write_features
 from pipelines.products import Gap, RowFiles, Shard, count_rows, shards
@@ -45,10 +44,7 @@ class FeatureWriter:
         self.run = run
         self.reader = FeatureReader(config, config.grid.target_size)
         backbone = self.reader.backbone
-        self.layouts = {
-            size: feature_layout(backbone, size, config.backbone.cls_token)
-            for size in config.grid.target_size
-        }
+        self.layouts = layouts(config, backbone)
 
     def __call__(
         self, task: TaskData, shard: Shard, images: list[np.ndarray], index: np.ndarray, seen: Seen
@@ -76,9 +72,6 @@ def make_manifests(session: Session, tasks: Sequence[str], advance: Advance) -> 
     config = session.config
     backbone = load(config.backbone, weights="random")  # neither taps nor costs depend on the weights
     cost = measure_backbone(backbone)
-    layouts = {
-        size: feature_layout(backbone, size, config.backbone.cls_token) for size in config.grid.target_size
-    }
     section = config.backbone
     weights = weights_identity(section.name, section.weights, section.sha256)
     if section.weights != "random":
@@ -91,7 +84,7 @@ def make_manifests(session: Session, tasks: Sequence[str], advance: Advance) -> 
             "cost": asdict(cost),
             "taps": {
                 str(size): dict(zip(layout.taps, layout.widths, strict=True))
-                for size, layout in layouts.items()
+                for size, layout in layouts(config, backbone).items()
             },
             "images": task.sources["train"][0].provenance(),
             "n_images": {split: len(labels) for split, labels in task.labels.items()},

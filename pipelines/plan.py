@@ -8,20 +8,21 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
 import torch
 
 from h2t.backbones.loading import Backbone
-from h2t.backbones.tap_reader import TapReader, feature_layout
-from h2t.costs import finetuning_flops, head_flops, measure_backbone
+from h2t.backbones.tap_reader import TapReader
+from h2t.costs import BackboneCost, finetuning_flops, head_flops, measure_backbone
 from h2t.device import default_device
 from h2t.features import FeatureLayout
 from h2t.head2toe import fit
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
-from pipelines.backbone import load
+from pipelines.backbone import layouts, load
 from pipelines.config import Config
 from pipelines.task_data import TaskData, open_task
 
@@ -72,6 +73,10 @@ class _Facts:
         """Those on frozen features."""
         return [name for name in self.config.methods if not METHODS[name].trains_backbone]
 
+    @cached_property
+    def cost(self) -> BackboneCost:
+        return measure_backbone(self.backbone)
+
     @property
     def n_stored(self) -> int:
         return sum(len(task.labels[split]) for task in self.tasks for split in task.stored_splits)
@@ -84,9 +89,8 @@ class _Facts:
 def facts_of(config: Config) -> _Facts:
     """The opened tasks, and the backbone with random weights. Raises UserError as a run would."""
     backbone = load(config.backbone, weights="random")
-    sizes, token = config.grid.target_size, config.backbone.cls_token
-    layouts = {size: feature_layout(backbone, size, token) for size in sizes}
-    return _Facts(config, [open_task(config, task.name) for task in config.tasks], backbone, layouts)
+    tasks = [open_task(config, task.name) for task in config.tasks]
+    return _Facts(config, tasks, backbone, layouts(config, backbone))
 
 
 def feature_bytes(config: Config) -> int:
@@ -135,7 +139,7 @@ def plan(facts: _Facts, rates: Rates) -> list[StagePlan]:
 
 
 def _frozen(facts: _Facts, rates: Rates) -> Iterator[StagePlan]:
-    config, cost = facts.config, measure_backbone(facts.backbone)
+    config, cost = facts.config, facts.cost
     stored = 4 * facts.n_stored * sum(layout.n_features for layout in facts.layouts.values())
     shards = math.ceil(facts.n_stored / config.resources.shard_size)
     yield StagePlan(
@@ -195,7 +199,7 @@ def _scoring(point: Hyperparameters) -> str:
 
 
 def _finetuned(facts: _Facts, rates: Rates) -> Iterator[StagePlan]:
-    config, cost = facts.config, measure_backbone(facts.backbone)
+    config, cost = facts.config, facts.cost
     methods = [m for m in config.methods if METHODS[m].trains_backbone and not METHODS[m].best_of]
     if not methods:
         return

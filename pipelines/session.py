@@ -7,9 +7,8 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from h2t.backbones.tap_reader import feature_layout
 from h2t.device import STRICT
-from pipelines.backbone import load
+from pipelines.backbone import layouts, load
 from pipelines.cluster import Cluster, connect
 from pipelines.config import Config
 from pipelines.run_directory import RunDirectory
@@ -37,17 +36,16 @@ class Session:
     def cluster(self) -> Cluster:
         """The Ray cluster, connected to or started here with room for two feature matrices."""
         environment = STRICT if self.config.deterministic == "strict" else None
-        return connect(self.address, environment=environment, store_bytes=2 * max(self.matrix_bytes.values()))
+        return connect(
+            self.address, environment=environment, store_bytes=lambda: 2 * max(self.matrix_bytes.values())
+        )
 
     @cached_property
     def matrix_bytes(self) -> Mapping[int, int]:
         """Bytes of the largest task's matrix of features that are folded, by target size."""
-        backbone, token = load(self.config.backbone, weights="random"), self.config.backbone.cls_token
+        by_size = layouts(self.config, load(self.config.backbone, weights="random"))
         n_rows = max(len(task.labels[task.fold_split]) for task in self.tasks.values())
-        widths = {
-            size: feature_layout(backbone, size, token).n_features for size in self.config.grid.target_size
-        }
-        return {size: 4 * n_rows * width for size, width in widths.items()}
+        return {size: 4 * n_rows * layout.n_features for size, layout in by_size.items()}
 
 
 class Product(Protocol):
