@@ -1,6 +1,5 @@
 """Head2Toe and its baselines on frozen features: score, keep, train the final head (Section 3.2)."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -13,7 +12,7 @@ from torch import Tensor
 from h2t.errors import UserError, unknown
 from h2t.features import FeatureLayout, keep_features, unit_norm
 from h2t.heads.blocks import HeadStack
-from h2t.heads.neighbours import Neighbours
+from h2t.heads.neighbours import Neighbours, head_logits
 from h2t.heads.solvers import SOLVERS
 from h2t.heads.spec import HeadSpec, Normalization, Precision
 from h2t.heads.training import train_groups, train_stacks
@@ -58,8 +57,7 @@ class Head:
 
     def logits(self, inputs: np.ndarray) -> np.ndarray:
         """Logits float32 [n, n_classes] of the kept features float32 [n, n_kept], normalised."""
-        values = inputs @ self.weight + self.bias
-        return self.neighbours.logits(values) if self.neighbours else values
+        return head_logits(inputs, self.weight, self.bias, self.neighbours)
 
 
 def logits(head: Head, features: np.ndarray) -> np.ndarray:
@@ -276,10 +274,9 @@ def _solve_columns(
         coefficients = [point.coefficient for point in members]
         solutions = solver(inputs, labels, data.options["n_classes"], coefficients)
         for point, (weight, bias, neighbours) in zip(members, solutions, strict=True):
-            head = data.head(point, seeds[0], kept, weight, bias, math.nan, neighbours)
-            head.train_loss = cross_entropy(logits(head, data.features[data.rows]), labels)
+            loss = cross_entropy(head_logits(inputs, weight, bias, neighbours), labels)
             for seed in seeds:
-                yield replace(head, seed=seed)
+                yield data.head(point, seed, kept, weight, bias, loss, neighbours)
 
 
 def _fit_columns(
@@ -287,20 +284,15 @@ def _fit_columns(
 ) -> Iterator[Head]:
     """Train heads on a range of the features, then those on what they keep."""
     columns_kept = np.arange(columns.start, columns.stop, dtype=np.int64)
-    finals: list[_Final] = []
+    by_data = [point for point in points if METHODS[point.method].selection in DATA_RULES]
+    finals = _finals_by_data(data, by_data, seeds, columns_kept) if by_data else []
     for seed in seeds:
         by_spec: dict[HeadSpec, list[Hyperparameters]] = {}  # what uses a training: its head or its scores
-        by_rule: dict[str, list[Hyperparameters]] = {}
         for point in points:
-            method = METHODS[point.method]
-            if method.features == "kept" and not method.scored:
-                by_rule.setdefault(str(method.selection), []).append(point)
-            else:
+            if point not in by_data:
+                method = METHODS[point.method]
                 spec = HeadSpec(point.learning_rate, point.steps, method.regularizer, point.coefficient, seed)
                 by_spec.setdefault(spec, []).append(point)
-        for rule, members in by_rule.items():
-            scores = DATA_RULES[rule](data.inputs(columns_kept, data.rows), data.labels[data.rows], seed)
-            finals += _finals(members, seed, scores)
         for spec, stack, position in _fit_specs(data, list(by_spec), columns_kept):
             for point in by_spec[spec]:
                 if METHODS[point.method].features == "kept":
@@ -324,6 +316,22 @@ def _fit_specs(
     ):  # fmt: skip
         for position, head in enumerate(heads):
             yield specs[head], stack, position
+
+
+def _finals_by_data(
+    data: _Data, points: Sequence[Hyperparameters], seeds: Sequence[int], columns: np.ndarray
+) -> list[_Final]:
+    """The final heads on what rules keep by the training rows alone, which are normalised once for all."""
+    inputs, labels = data.inputs(columns, data.rows), data.labels[data.rows]
+    by_rule: dict[str, list[Hyperparameters]] = {}
+    for point in points:
+        by_rule.setdefault(str(METHODS[point.method].selection), []).append(point)
+    return [
+        final
+        for rule, members in by_rule.items()
+        for seed in seeds
+        for final in _finals(members, seed, DATA_RULES[rule](inputs, labels, seed))
+    ]
 
 
 def _finals(points: Iterable[Hyperparameters], seed: int, scores: np.ndarray) -> list[_Final]:

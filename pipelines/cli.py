@@ -156,6 +156,7 @@ def plan_command(recipe: Recipe, set_: Set = None) -> None:
     """What a recipe will take: work, bytes, and time on 1 to 512 devices like the one at hand."""
     from pipelines import plan
     from pipelines.cluster import available_cores
+    from pipelines.progress import duration
 
     facts = plan.facts_of(read_recipe(recipe, set_))
     rates = plan.calibrate(facts)
@@ -163,13 +164,13 @@ def plan_command(recipe: Recipe, set_: Set = None) -> None:
     table = _table("stage", "work", "operations", "written", "time on one device")
     for stage in stages:
         written = f"{stage.bytes_written / 2**30:.3g} GiB"
-        table.add_row(stage.stage, stage.work, f"{stage.flops:.2e}", written, _duration(stage.seconds))
+        table.add_row(stage.stage, stage.work, f"{stage.flops:.2e}", written, duration(stage.seconds))
     _print(table)
     here = {available_cores()} if rates.device == "cpu" else set()
     for devices in sorted({*plan.DEVICES, *here}):
         seconds = plan.total_seconds(stages, devices)
         console.print(
-            f"{devices:>4} devices: {_duration(seconds)}, {devices * seconds / 3600:.2f} device-hours; most "
+            f"{devices:>4} devices: {duration(seconds)}, {devices * seconds / 3600:.2f} device-hours; most "
             f"of it in {plan.bottleneck(stages, devices)}"
         )
     console.print(
@@ -177,12 +178,6 @@ def plan_command(recipe: Recipe, set_: Set = None) -> None:
         f"{rates.head_flops / 1e9:.3g} GFLOP/s on heads ({rates.final_flops / 1e9:.3g} on final ones), "
         "measured now."
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 @app.command()

@@ -87,23 +87,27 @@ def result_products(session: Session) -> list[Files]:
 def make_results(session: Session, tasks: Sequence[str], advance: Advance) -> None:
     """Write the rows of tasks from their heads and predictions, where they are missing."""
     run, heads_of = session.run, final_heads(session)
-    for name in dict.fromkeys(tasks):  # one may lack both
+    for name in dict.fromkeys(tasks):  # one may lack several
         task, files = session.tasks[name], list(heads_of[name].units)
+        tested = predictions(task, "frozen", files)
+        (rows_file,), (kept_file,) = result_product(task, files).units, kept(task, files).units
+        (images_file,) = thumbnails(task, tested.key).units
+        lacking = {file for file in (rows_file, kept_file, images_file) if not run.exists(file)}
         (choices,), manifest = chosen_from_trials(task).units, read_manifest(task, run)
         weights = manifest["backbone"]["loaded"]
         outcomes, counts = [], []
-        for file in files:  # one at a time: a head on all features can have gigabytes
-            head, provenance = read_head(run, file)
+        for file in files if lacking - {images_file} else ():
+            head, provenance = read_head(run, file)  # one at a time: on all features it can have gigabytes
             outcomes.append(outcome_of_head(head, provenance, weights, session.config.batch_size))
             counts += kept_rows(task, head)
-        predicted = run.read_frame(predictions(task, "frozen", files).names(run))
-        (rows_file,), (kept_file,) = result_product(task, files).units, kept(task, files).units
-        (images_file,) = thumbnails(task, predictions(task, "frozen", files).key).units
-        if not run.exists(kept_file):
+        if kept_file in lacking:
             write_rows(run, kept_file, KEPT, counts)
-        if not run.exists(images_file):
+        if not lacking - {kept_file}:
+            continue
+        predicted = run.read_frame(tested.names(run))
+        if images_file in lacking:
             write_rows(run, images_file, THUMBNAILS, thumbnail_rows(task, predicted))
-        if not run.exists(rows_file):
+        if rows_file in lacking:
             rows = result_rows(task, outcomes, predicted, run.read_frame([choices]), manifest)
             write_rows(run, rows_file, RESULTS, rows)
 

@@ -16,6 +16,13 @@ from rich.progress import (
 LINE_EVERY_S = 10.0
 
 
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it, as 85 s, 12 min or 3.4 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 class StageProgress:
     """Counts the units of one stage; a context manager that ends with one line of what was done."""
 

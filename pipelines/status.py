@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipelines.lock import holder_of, is_alive
+from pipelines.progress import duration
 from pipelines.run_directory import RunDirectory
 
 FOLDER = "status"
@@ -137,12 +138,6 @@ def _row(note: StepNote, at_work: bool, now: float) -> StatusRow:
         state,
         f"{note.done:,} of {note.total:,} {note.unit}" if note.total else f"all {note.unit} were there",
         f"{rate:.3g}/s" if note.done else "",
-        f"about {_duration(left)}" if left else "",
+        f"about {duration(left)}" if left else "",
         tasks,
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

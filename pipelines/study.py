@@ -57,11 +57,16 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True)
 class TaskStudy:
-    """One study on one task."""
+    """One study on one task, with the facts that its variants follow from."""
 
     name: str
-    task: TaskData
+    facts: Facts
     variants: tuple[Variant, ...]
+
+    @property
+    def task(self) -> TaskData:
+        """The task."""
+        return self.facts.task
 
     @property
     def key(self) -> tuple[str, str]:
@@ -85,7 +90,7 @@ def task_studies(session: Session) -> list[TaskStudy]:
     needs = sorted({method for study in studies.values() for method in study.needs})
     chosen = {name: _chosen(session.run, task, needs) for name, task in session.tasks.items() if studies}
     return [
-        TaskStudy(name, task, tuple(variants))
+        TaskStudy(name, facts, tuple(variants))
         for task in (session.tasks.values() if studies else ())
         for facts in [_facts(session.run, task, chosen)]
         for name, study in studies.items()
@@ -195,18 +200,16 @@ def head_jobs(session: Session, item: TaskStudy) -> dict[Key, HeadToTrain]:
         values = rows.loc[variant.name, POINT].to_dict()
         point = Hyperparameters(**{str(name): value for name, value in values.items()})
         for seed in session.config.seeds:
-            job = study_head(task, item.name, variant, point, seed, _kept_file(session, variant, seed))
+            job = study_head(task, item.name, variant, point, seed, _kept_file(session, item, variant, seed))
             there = head_file(task, point, seed, variant.scope, job.kept)
             jobs[variant.name, seed] = replace(job, file=there) if there in others else job
     return jobs
 
 
-def _kept_file(session: Session, variant: Variant, seed: int) -> str:
+def _kept_file(session: Session, item: TaskStudy, variant: Variant, seed: int) -> str:
     """The head whose kept features a variant uses; "" where it keeps features by itself."""
-    if variant.scope.kept_on is None:
-        return ""
-    other = session.tasks[variant.scope.kept_on]
-    return head_file(other, _chosen(session.run, other, ["head2toe"])["head2toe"], seed)
+    other = variant.scope.kept_on
+    return head_file(session.tasks[other], item.facts.chosen[other]["head2toe"], seed) if other else ""
 
 
 def head_products(session: Session) -> list[Files]:
@@ -260,29 +263,26 @@ def prediction_table(
     return pa.table(columns, schema=STUDY_PREDICTIONS)
 
 
-def result_product(session: Session, item: TaskStudy) -> Files:
-    """The result rows of a study on a task."""
-    return study_results(item.task, item.name, item.variants, prediction_product(session, item).key)
+def result_product(item: TaskStudy, predicted: RowFiles) -> Files:
+    """The result rows of a study on a task, which follow from its predictions."""
+    return study_results(item.task, item.name, item.variants, predicted.key)
 
 
 def result_products(session: Session) -> list[Files]:
     """The result rows of every study and task."""
-    return [result_product(session, item) for item in task_studies(session)]
+    return [result_product(item, prediction_product(session, item)) for item in task_studies(session)]
 
 
 def make_results(session: Session, missing: Sequence[tuple[str, str]], advance: Advance) -> None:
     """Write the result rows of every study and task."""
     for item in _named(session, missing):
-        predictions = session.run.read_frame(prediction_product(session, item).names(session.run))
-        (choices,), (name,) = item.chosen.units, result_product(session, item).units
-        facts = _facts(session.run, item.task, {})
-        rows = list(result_rows(item, facts, predictions, session.run.read_frame([choices])))
-        write_rows(session.run, name, STUDY_RESULTS, rows)
+        run, product = session.run, prediction_product(session, item)
+        (choices,), (name,) = item.chosen.units, result_product(item, product).units
+        predictions, chosen = run.read_frame(product.names(run)), run.read_frame([choices])
+        write_rows(run, name, STUDY_RESULTS, result_rows(item, predictions, chosen))
 
 
-def result_rows(
-    item: TaskStudy, facts: Facts, predictions: pd.DataFrame, chosen: pd.DataFrame
-) -> Iterator[dict[str, Any]]:
+def result_rows(item: TaskStudy, predictions: pd.DataFrame, chosen: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Rows of ``schemas.STUDY_RESULTS``, from all predictions of a study on a task and what was chosen."""
     by_variant = {
         str(variant): rows.assign(right=rows["label"] == rows["prediction"]).pivot(
@@ -293,7 +293,7 @@ def result_rows(
     choices = chosen.set_index("variant")
     for variant in item.variants:
         right, choice = by_variant[variant.name], choices.loc[variant.name].to_dict()
-        n_features, n_kept = _counts(facts, variant, choice)
+        n_features, n_kept = _counts(item.facts, variant, choice)
         estimate = accuracy_estimate(right.to_numpy(bool))
         for seed, values in right.iterrows():
             yield {

@@ -11,6 +11,14 @@ TEMPERATURE = 0.07
 ABSENT = 1e-12  # the votes of a class that no neighbour has: its logarithm is finite
 
 
+def head_logits(
+    inputs: np.ndarray, weight: np.ndarray, bias: np.ndarray, neighbours: "Neighbours | None"
+) -> np.ndarray:
+    """Logits float32 [n, n_classes] of a head from its inputs float32 [n, n_kept]."""
+    values = inputs @ weight + bias
+    return neighbours.logits(values) if neighbours else values
+
+
 @dataclass(frozen=True)
 class Neighbours:
     """How ``k`` nearest training rows vote; ``labels``: int64 [n_train], the class of each training row."""
