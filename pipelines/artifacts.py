@@ -18,7 +18,7 @@ from h2t.errors import UserError
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
 from pipelines.config import Config, fingerprint
-from pipelines.products import Files, KeyedFiles, RowFiles, Shard, Trial, TrialFiles
+from pipelines.products import Files, RowFiles, Shard, Trial, TrialFiles
 from pipelines.run_directory import RunDirectory
 from pipelines.scope import EVERYTHING, Scope
 from pipelines.task_data import Split, TaskData
@@ -133,12 +133,12 @@ def bad_rows_file(task: TaskData, shard: Shard) -> str:
     return f"{_folder(task, 'bad_rows')}/{shard.split}-{shard.start:06d}-{shard.stop:06d}-{key}.parquet"
 
 
-def bad_rows(task: TaskData) -> KeyedFiles:
+def bad_rows(task: TaskData) -> Files:
     """The lists of bad rows, which come with their shards, and that of files which are no rows at all."""
     folder = _folder(task, "bad_rows")
     left_out = f"{folder}/left-out-{fingerprint(list(task.left_out))}.parquet"
     keys = [features_key(task, split) for split in task.sources]
-    return KeyedFiles(folder, keys, {left_out: task.name} if task.left_out else {})
+    return Files(folder, {left_out: task.name} if task.left_out else {}, keys)
 
 
 def manifest(task: TaskData) -> Files:

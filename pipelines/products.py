@@ -24,32 +24,14 @@ from pipelines.task_data import Split
 
 @dataclass(frozen=True)
 class Files:
-    """Files of known names, each with the unit of work that makes it."""
+    """Files of known names, each with the unit of work that makes it.
+
+    Beside them may lie files that other work leaves, which end in one of ``keys``.
+    """
 
     folder: str
     units: Mapping[str, Any]
-
-    def is_whole(self, run: RunDirectory, name: str) -> bool:
-        """Whether a file can be read as what its ending says."""
-        return is_whole(run, name)
-
-    def is_current(self, run: RunDirectory, name: str, location: str) -> bool:
-        """Whether it is one of these files."""
-        return name in self.units
-
-    def missing(self, run: RunDirectory, present: Sequence[str]) -> list[Any]:
-        """Units of the files that are not there, each once."""
-        known = set(present)
-        return list(dict.fromkeys(unit for name, unit in self.units.items() if name not in known))
-
-
-@dataclass(frozen=True)
-class KeyedFiles:
-    """Files of known names, beside files that other work leaves, which end in one of ``keys``."""
-
-    folder: str
-    keys: Sequence[str]
-    units: Mapping[str, Any]
+    keys: Sequence[str] = ()
 
     def is_whole(self, run: RunDirectory, name: str) -> bool:
         """Whether a file can be read as what its ending says."""
@@ -60,9 +42,9 @@ class KeyedFiles:
         return name in self.units or name.removesuffix(".parquet").rpartition("-")[2] in self.keys
 
     def missing(self, run: RunDirectory, present: Sequence[str]) -> list[Any]:
-        """Units of the files of known names that are not there."""
+        """Units of the files that are not there, each once."""
         known = set(present)
-        return [unit for name, unit in self.units.items() if name not in known]
+        return list(dict.fromkeys(unit for name, unit in self.units.items() if name not in known))
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,11 @@ class ShardActor:
             rows = [{**row, "backbone": backbone_folder(task.config)} for row in bad]
             write_rows(self.shared["run"], self.shared["bad_rows_files"][number], BAD_ROWS, rows)
         if not user_error and (not bad or task.config.on_bad_image == "skip"):
-            seen: Seen = lambda count: counter and counter.add.remote(place, count)  # noqa: E731
+
+            def seen(count: int) -> None:
+                if counter:
+                    counter.add.remote(place, count)
+
             user_error = user_error_of(lambda: self.step(task, shard, images, index, seen))
         return self._row(shard, n_images=len(images), bad=bad, user_error=user_error)
 
