@@ -12,6 +12,7 @@ from PIL import Image as PillowImage
 from h2t.backbones.loading import Backbone, input_config
 from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import TapReader, feature_layout
+from h2t.device import fetched
 from h2t.errors import UserError, unknown
 from h2t.images.preprocessing import Preprocessing, Resize, prepare, rgb_pixels, to_batch
 from h2t.images.source import EncodedImage, Image
@@ -78,7 +79,7 @@ def extract_features(
         for number, pixels in enumerate(batches):
             batch = to_batch(pixels, preprocessing, weight.device, weight.dtype)
             taps = reader(batch)[target_size]
-            features[number * batch_size :][: len(pixels)] = torch.cat(taps, 1).cpu().numpy()
+            features[number * batch_size :][: len(pixels)] = fetched([torch.cat(taps, 1)])[0].numpy()
     return features
 
 

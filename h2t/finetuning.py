@@ -46,8 +46,10 @@ from h2t.backbones.loading import Backbone
 from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import TapReader, feature_layout
 from h2t.checksum import check_digest, tensor_digest
+from h2t.device import sent, tf32
 from h2t.errors import UserError
 from h2t.features import FeatureLayout, unit_norm
+from h2t.heads.spec import Precision
 from h2t.images.preprocessing import Preprocessing, to_batch
 
 LOSSES_CHECKED_EVERY = 50  # reading a loss waits for a GPU
@@ -70,7 +72,7 @@ class FinetuneOptions:
     momentum: float = 0.9
     weight_decay: float = 0.0
     batch_norm: Literal["batch", "frozen"] = "batch"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
     checkpoint_every: int = 250
@@ -118,7 +120,8 @@ class TrainableModel(nn.Module):
         weight = next(backbone.model.parameters())
         self.kept = [torch.from_numpy(columns).to(weight.device) for columns in kept]
         taps = tuple(tap for tap in backbone.taps if tap.name in names)
-        self.reader = TapReader(replace(backbone, taps=taps), [self.target_size], cls_token, gradients=True)
+        read = replace(backbone, taps=taps, precision=options.precision)
+        self.reader = TapReader(read, [self.target_size], cls_token, gradients=True)
         self.backbone = backbone.model.requires_grad_(True)
         self.head = nn.Linear(self.layout.n_features, n_classes)
         nn.init.xavier_uniform_(self.head.weight, generator=torch.Generator().manual_seed(seed))
@@ -209,7 +212,7 @@ def train(
             checkpoints.save(_state(model, optimizer, losses, step, time.perf_counter() - started))
         optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
         torch.manual_seed(seed * 1_000_003 + step * batches.workers + batches.rank)
-        with _out_of_memory(too_large):
+        with _out_of_memory(too_large), tf32(options.precision == "tf32"):
             losses[step] = _step(runner, optimizer, batches, step)
         if (step + 1) % LOSSES_CHECKED_EVERY == 0 or step + 1 == steps:
             diverged = torch.nonzero(~losses[: step + 1].isfinite()).flatten().tolist()
@@ -346,7 +349,7 @@ def _step(runner: nn.Module, optimizer: torch.optim.Optimizer, batches: _Batches
         # Gradients of processes are averaged in the last pass of a step only.
         with runner.no_sync() if isinstance(runner, DistributedDataParallel) and not last else nullcontext():
             images = to_batch([batches.images[row] for row in rows], batches.preprocessing, device)
-            labels = batches.labels[rows].to(device)
+            labels = sent(batches.labels[rows], device)
             loss = nn.functional.cross_entropy(runner(images), labels, reduction="sum")
             with _statistics_kept(runner):
                 # Gradients of the processes are averaged, hence their number.

@@ -103,7 +103,7 @@ class BackboneConfig(_Section):
     resize: Literal["bilinear", "bicubic"] = "bilinear"
     normalization: Literal["backbone", "minus_one_to_one", "imagenet"] = "backbone"
     second: SecondBackbone | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
 
 
 class ImagesConfig(_Section):
@@ -181,7 +181,10 @@ class CrossValidation(_Section):
 
 
 class Resources(_Section):
-    """How the work is cut and what each piece may use; null means derived from the cluster."""
+    """How the work is cut and what each piece may use; null means derived from the cluster.
+
+    ``compile`` hands the backbone with its taps to ``torch.compile``, which takes each actor a minute.
+    """
 
     actors: Count | None = None
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
@@ -193,6 +196,7 @@ class Resources(_Section):
     memory_per_trial_gb: Positive = 8.0
     shard_size: Count = 250
     images_per_forward: Count = 50
+    compile: bool = False
     feature_compression: Literal["none", "zstd"] = "none"
     max_failures: Annotated[int, Field(ge=0)] = 2
     no_progress_timeout_s: Annotated[float, Field(ge=10)] = 1800.0
@@ -212,7 +216,7 @@ class FinetuneConfig(_Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     batch_norm: Literal["batch", "frozen"] = "batch"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
     checkpoint_every: Count = 250

@@ -74,7 +74,13 @@ def _packages() -> Finding:
     from packaging.requirements import Requirement
 
     missing = []
-    for line in requires("head2toe-ray") or ():
+    try:
+        required = requires("head2toe-ray") or []
+    except PackageNotFoundError:
+        return Finding(
+            "packages", "WARN", "head2toe-ray runs from a folder", "pip install it, to have its needs"
+        )
+    for line in required:
         wanted = Requirement(line)
         if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
             continue

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from h2t.device import fetched
 from h2t.errors import UserError
 from h2t.features import FeatureLayout
 from pipelines.run_directory import RunDirectory, naming_damage
@@ -57,8 +58,8 @@ class FeatureTable:
         columns = [pa.repeat(pa.scalar(value, field.type), len(index))
                    for value, field in zip(shared, schema, strict=False)]  # fmt: skip
         columns += [pa.array(index, pa.int32()), pa.array(labels, pa.int32())]
-        for values, field in zip(taps, list(schema)[len(KEYS) :], strict=True):
-            flat = pa.array(values.cpu().contiguous().numpy().reshape(-1))
+        for values, field in zip(fetched(taps), list(schema)[len(KEYS) :], strict=True):
+            flat = pa.array(values.contiguous().numpy().reshape(-1))
             columns.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
         return pa.Table.from_arrays(columns, schema=schema)
 

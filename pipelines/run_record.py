@@ -4,7 +4,8 @@ It is written once per configuration: a later command with the same recipe leave
 what the files were made with. Records of earlier configurations are kept in ``history/``.
 """
 
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import yaml
@@ -32,7 +33,11 @@ _Dumper.add_representer(str, _text)
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that the numbers depend on."""
-    return {name: version(name) for name in PACKAGES}
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # of this one, where it runs from a folder
+            found[name] = version(name)
+    return found
 
 
 def write_record(config: Config, run: RunDirectory) -> None:

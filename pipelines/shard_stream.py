@@ -324,7 +324,9 @@ class FeatureReader:
         self.device = default_device()
         self.backbone = load(config.backbone, self.device)
         self.preprocessing = preprocessing_of(config.backbone)
-        self.taps = TapReader(self.backbone, target_sizes, config.backbone.cls_token)
+        self.taps = TapReader(
+            self.backbone, target_sizes, config.backbone.cls_token, compiled=config.resources.compile
+        )
         self.images_per_forward = config.resources.images_per_forward
 
     def read(self, images: list[np.ndarray], seen: Seen) -> Iterator[dict[int, list[torch.Tensor]]]:

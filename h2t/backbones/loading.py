@@ -23,7 +23,7 @@ from h2t.backbones.tap import Tap
 from h2t.errors import UserError, unknown
 from h2t.features import EMBEDDING, default_embedding
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Backbone:
 
     ``image_size``: pixels a side; ``mean``, ``std``: of its input, per channel, for pixels in [0, 1];
     ``embedding``: the tap that a linear probe reads; ``weights``: what was loaded, with the SHA-256 where it
-    was a file.
+    was a file; ``precision``: of :data:`PRECISIONS`.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Backbone:
     std: tuple[float, float, float]
     embedding: str
     weights: str
+    precision: str = "float32"
 
 
 def input_config(name: str, image_size: int | None = None) -> tuple[int, Any]:
@@ -75,8 +76,8 @@ def load_backbone(
     same every time), or the path of a .safetensors or .pth file or of a directory that holds one. ``sha256``:
     what the file must have. ``image_size``: pixels a side; None is the model's own. ``taps``: "auto";
     "with_input", "pre_normalization", "pre_activation" (Table 6); "paper", "figure6" (resnet50), "paper",
-    "appendix_c" (vitb16). ``precision``: "float32" or "bfloat16", of weights and activations; features are
-    float32.
+    "appendix_c" (vitb16). ``precision``: "float32", "tf32" (the same, but for products and convolutions on a
+    GPU) or "bfloat16", of weights and activations; features are float32.
 
     Raises UserError for an unknown name or variant, and for weights that cannot be had or do not fit.
     """
@@ -100,7 +101,7 @@ def load_backbone(
             f"{name}: its classifier reads nothing that can be tapped, so it has no embedding for a head; "
             "choose another backbone"
         )
-    return Backbone(name, model, taps_read, size, config.mean, config.std, embedding, provenance)
+    return Backbone(name, model, taps_read, size, config.mean, config.std, embedding, provenance, precision)
 
 
 ABLATIONS = ("with_input", *FUSED_VARIANTS)

@@ -103,12 +103,12 @@ def _means(positions: Tensor, sides: set[int]) -> dict[int, Tensor]:
     """
     means: dict[int, Tensor] = {}
     for side in sorted(sides - {0}):
-        nested = max((finer for finer in means if side % finer == 0), default=0)
+        nested = max([0, *(finer for finer in means if side % finer == 0)])
         source = means[nested] if nested else positions
         means[side] = _window_means(source, side // nested if nested else side)
     if 0 in sides:
         # Windows that leave nothing over have the mean of everything as their mean.
-        tiling = max((side for side in means if all(n % side == 0 for n in positions.shape[1:3])), default=0)
+        tiling = max([0, *(side for side in means if all(n % side == 0 for n in positions.shape[1:3]))])
         means[0] = (means[tiling] if tiling else positions).mean(dim=(1, 2), dtype=torch.float32)
     return {side: pooled.flatten(1) for side, pooled in means.items()}
 
@@ -118,5 +118,17 @@ def _window_means(positions: Tensor, side: int) -> Tensor:
     if side == 1:
         return positions.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     high = 1 if positions.shape[1] == 1 else side
-    # Of the ways to write this, the fastest where the channels of a position lie together in memory.
-    return functional.avg_pool2d(positions.permute(0, 3, 1, 2).float(), (high, side)).permute(0, 2, 3, 1)
+    # Each the fastest there of the ways to write this, where channels of a position lie side by side.
+    means = _means_by_pooling if positions.device.type == "cpu" else _means_by_reduction
+    return means(positions, high, side)
+
+
+def _means_by_pooling(positions: Tensor, high: int, wide: int) -> Tensor:
+    return functional.avg_pool2d(positions.permute(0, 3, 1, 2).float(), (high, wide)).permute(0, 2, 3, 1)
+
+
+def _means_by_reduction(positions: Tensor, high: int, wide: int) -> Tensor:
+    rows, columns = positions.shape[1] // high, positions.shape[2] // wide
+    whole = positions[:, : rows * high, : columns * wide]
+    windows = whole.unflatten(2, (columns, wide)).unflatten(1, (rows, high))
+    return windows.mean(dim=(2, 4), dtype=torch.float32)

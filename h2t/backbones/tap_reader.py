@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from h2t.backbones.loading import Backbone
 from h2t.backbones.pooling import CLASS_TOKEN_TREATMENTS, ClassToken, falls_back, pool_to_all, pooled_size
 from h2t.backbones.tap import Tap
+from h2t.device import tf32
 from h2t.errors import UserError, unknown
 from h2t.features import FeatureLayout
 
@@ -23,6 +24,10 @@ class TapReader:
 
     Use it as a context manager, or call `close`. With ``gradients`` the features carry them back to the
     images and to the weights that require them; without, they are inference tensors.
+
+    With ``compiled`` the backbone and the pooling of every tap become one graph for ``torch.compile``: the
+    first batch takes a minute or so, the others less than before on a GPU. Where that fails, a warning says
+    why and the reader goes on without.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class TapReader:
         cls_token: ClassToken = "normal",
         *,
         gradients: bool = False,
+        compiled: bool = False,
     ) -> None:
         _check(backbone, target_sizes, cls_token)
         self.backbone = backbone
@@ -40,17 +46,47 @@ class TapReader:
         self.gradients = gradients
         self._pooled: dict[int, dict[int, Tensor]] = {}  # by tap and target size
         self._hooks = _Hooks(backbone, self._collect)
+        self._largest_batch = 0
+        self._compiled = torch.compile(self.pooled, fullgraph=True, dynamic=False) if compiled else None
 
     def __call__(self, images: Tensor) -> dict[int, list[Tensor]]:
         """Features of images float [b, 3, S, S]: per target size, one float32 [b, width] per tap in order."""
         parameter = next(self.backbone.model.parameters())
         batch = images.to(parameter.device, parameter.dtype).contiguous(memory_format=torch.channels_last)
+        with (
+            torch.set_grad_enabled(self.gradients),
+            torch.inference_mode(not self.gradients),
+            tf32(self.backbone.precision == "tf32"),
+        ):
+            return self.pooled(batch) if self._compiled is None else self._pooled_by_compiled(batch)
+
+    def pooled(self, batch: Tensor) -> dict[int, list[Tensor]]:
+        """Features of images that lie on the backbone's device in its precision: what is compiled."""
         self._pooled.clear()
         self._hooks.start()
-        with torch.set_grad_enabled(self.gradients), torch.inference_mode(not self.gradients):
-            self.backbone.model(batch)
+        self.backbone.model(batch)
         taps = [self._pooled.pop(index) for index in range(len(self.backbone.taps))]
         return {size: [pooled[size] for pooled in taps] for size in self.target_sizes}
+
+    def _pooled_by_compiled(self, batch: Tensor) -> dict[int, list[Tensor]]:
+        """As :meth:`pooled`; batches are filled up to the largest seen, since each size is compiled anew."""
+        assert self._compiled is not None
+        n_images = len(batch)
+        self._largest_batch = max(self._largest_batch, n_images)
+        missing = self._largest_batch - n_images
+        filled = torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)]) if missing else batch
+        try:
+            features = self._compiled(filled.contiguous(memory_format=torch.channels_last))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the base of what dynamo and inductor raise
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"{self.backbone.name} cannot be compiled and runs as it is: {reason}", stacklevel=3
+            )
+            self._compiled = None
+            return self.pooled(batch)
+        return {size: [tap[:n_images] for tap in taps] for size, taps in features.items()}
 
     def _collect(self, index: int, activation: Tensor) -> None:
         if self.gradients:

@@ -78,6 +78,8 @@ class HeadTrainer:
         specs = [spec for group in groups for spec in group.specs]
         self.steps, self.n_classes, self.n_heads = specs[0].steps, batches.n_classes, len(specs)
         self.dtype, self.offload = groups[0].features.dtype, offload
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch
+        self._graph_memory = None if self.device.type == "cpu" else torch.cuda.graph_pool_handle()
         rates = torch.tensor([spec.learning_rate for spec in specs], device=self.device)
         self.rate = rates.repeat_interleave(self.n_classes)[:, None]
         spans = list(cut_spans(groups, self.n_classes, BLOCK_BYTES[self.device.type] // 4))
@@ -129,7 +131,10 @@ class HeadTrainer:
     def _make_buffers(self, largest: int) -> None:
         n_class_rows = self.n_heads * self.n_classes
         lengths = self.batches.lengths
-        self.count = self._zeros()
+        # The kernel's own corrections of the moments are 1 from here on; `_set_rate` makes them instead.
+        self.count = self._zeros().fill_(1e6)
+        # In the precision in which the kernel of the device reads it.
+        self.step_rate = self._zeros(dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
         self.bias_gradient = self._zeros(_whole_vectors(n_class_rows))
         self.gradient, self.spare = self._zeros(largest), self._zeros(largest)
         self.norms = self._zeros(largest // self.n_classes)
@@ -195,13 +200,37 @@ class HeadTrainer:
         return [HeadStack(*part) for part in parts]
 
     def step(self, step: int) -> None:
-        """Train on one mini-batch; expects its logits and leaves those of the next."""
-        batch, following = (number % len(self.batches.samples) for number in (step, step + 1))
+        """Train on one mini-batch; expects its logits and leaves those of the next.
+
+        On a GPU small heads take less time than the launches of their kernels. So after a warm-up the
+        launches of each batch are recorded once, and a step replays them.
+        """
+        batch = step % len(self.batches.samples)
+        self._set_rate(step)
+        if self.device.type == "cpu" or self.offload or step < len(self.batches.samples):
+            self._train_on(batch)
+            return
+        if batch not in self._graphs:
+            self._graphs[batch] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graphs[batch], pool=self._graph_memory):
+                self._train_on(batch)
+        self._graphs[batch].replay()
+
+    def _set_rate(self, step: int) -> None:
+        """The step size of Adam with cosine decay to zero, as Keras, which the official code uses, has it.
+
+        That is lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(s) + eps), where PyTorch has
+        lr / (1 - b1^t) * m / (sqrt(s / (1 - b2^t)) + eps).
+        """
+        decay = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        self.step_rate.fill_(decay * math.sqrt(1 - BETA2 ** (step + 1)) / (1 - BETA1 ** (step + 1)))
+
+    def _train_on(self, batch: int) -> None:
+        following = (batch + 1) % len(self.batches.samples)
         batch_fraction = self.batches.n_samples_of(batch) / self.batches.size
         self._compute_error(batch)
-        self.count.fill_(step + 1)
         torch.sum(self._of_samples(self.error, batch), 1, out=self.bias_gradient[: len(self.bias)])
-        self._update(self.bias_state, self.bias_gradient, step)
+        self._update(self.bias_state, self.bias_gradient)
         self.logits[following].copy_(self.bias[:, None].expand_as(self.logits[following]))
         for penalties in self.tap_penalties:
             penalties.begin_step()
@@ -210,24 +239,19 @@ class HeadTrainer:
             self._compute_gradient(block, batch)
             for views in block.views:
                 self.penalties[views.span.group].add_gradients(views, batch_fraction)
-            self._update(block.state, block.gradient, step)
+            self._update(block.state, block.gradient)
             if self.tap_penalties:
                 self._measure_taps(block)
             self._add_logits(block, following)
             self._save(block)
 
-    def _update(self, state: list[Tensor], gradient: Tensor, step: int) -> None:
-        """Take one Adam step with cosine decay to zero, in one pass over the state.
-
-        Keras, which the official code uses, subtracts, with b1, b2 for beta^t,
-        lr * sqrt(1 - b2) / (1 - b1) * m / (sqrt(s) + eps); this kernel, ``torch.optim.Adam(fused=True)``'s,
-        lr / (1 - b1) * m / (sqrt(s / (1 - b2)) + eps). Dividing eps by sqrt(1 - b2) makes the two equal.
-        """
+    def _update(self, state: list[Tensor], gradient: Tensor) -> None:
+        """Take one Adam step, in one pass over the state."""
         weight, moment, square = state
         torch._fused_adam_(
             [weight], [gradient], [moment], [square], [], [self.count],
-            lr=0.5 * (1 + math.cos(math.pi * step / self.steps)), beta1=BETA1, beta2=BETA2,
-            eps=EPSILON / math.sqrt(1 - BETA2 ** (step + 1)), weight_decay=0.0, amsgrad=False, maximize=False,
+            lr=self.step_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0, amsgrad=False,
+            maximize=False,
         )  # fmt: skip
 
     def losses(self) -> Tensor:

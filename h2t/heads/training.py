@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Required, TypedDict, Unpack, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from h2t.device import tf32
 from h2t.errors import UserError, unknown
 from h2t.features import FeatureLayout
 from h2t.heads.blocks import HeadGroup, HeadStack
@@ -80,7 +80,7 @@ def train_stacks(
         if rows.ndim == 2:  # company for a head of few classes, for the product to take its usual way
             members += members[-1:] * max(0, -(-FEWEST_ROWS // n_classes) - len(members))
         # No name for the trainer: its weights and squares are given back before the next one starts.
-        with _tf32(precision == "tf32"):
+        with tf32(precision == "tf32"):
             (stack,) = HeadTrainer(batches, [HeadGroup(inputs, members, layout)], offload=offload).train()
         n_heads = len(heads)
         yield heads, HeadStack(stack.weight[:n_heads], stack.bias[:n_heads], stack.train_loss[:n_heads])
@@ -114,23 +114,12 @@ def train_groups(
         head_groups.append(HeadGroup(_for_products(rows, device, precision), specs))
         targets.append(of_rows.expand(len(specs), -1))
     batches = Batches(torch.cat(targets).to(device), n_classes, batch_size)
-    with _tf32(precision == "tf32"):
+    with tf32(precision == "tf32"):
         return HeadTrainer(batches, head_groups).train()
 
 
 def _for_products(rows: Tensor, device: torch.device, precision: Precision) -> Tensor:
     return rows.to(device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Let products on a GPU round float32 to TF32, or not; this is a setting of the whole process."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def checked(features: Array, labels: Array, n_classes: int) -> tuple[Tensor, Tensor]:
@@ -195,7 +184,8 @@ def _in_order(stacks: list[tuple[list[int], HeadStack]]) -> HeadStack:
         return stacks[0][1]
     _, n_features, n_classes = stacks[0][1].weight.shape
     empty = stacks[0][1].bias.new_empty
-    weight = empty(len(order), n_classes, n_features).transpose(1, 2)
+    # Which may lie elsewhere than the biases: heads that had no room on the device.
+    weight = stacks[0][1].weight.new_empty(len(order), n_classes, n_features).transpose(1, 2)
     joined = HeadStack(weight, empty(len(order), n_classes), empty(len(order)))
     while stacks:  # each stack's memory is given back once it is copied
         heads, stack = stacks.pop()

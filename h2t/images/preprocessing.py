@@ -4,6 +4,7 @@ import io
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image as PillowImage
 from PIL import PngImagePlugin
 
+from h2t.device import sent
 from h2t.images.source import BadImage, Image
 
 Resize = Literal["bilinear", "bicubic"]
@@ -76,15 +78,20 @@ def to_batch(
     size = preprocessing.image_size
     shape = (len(images), 3, size, size)
     batch = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-    mean, std = (
-        torch.tensor(values, device=device).view(3, 1, 1)
-        for values in (preprocessing.mean, preprocessing.std)
-    )
+    mean, std = (_on_device(tuple(values), device) for values in (preprocessing.mean, preprocessing.std))
     at_once = _PIXELS_AT_ONCE_CPU if batch.device.type == "cpu" else _PIXELS_AT_ONCE_GPU
     for rows in _rows_of_equal_size(images, size, at_once):
         resized = _resize(_as_batch(np.stack([images[row] for row in rows]), device), size)
-        batch[rows] = resized.div_(255).sub_(mean).div_(std).to(dtype)
+        consecutive = rows[-1] - rows[0] == len(rows) - 1
+        place = slice(rows[0], rows[-1] + 1) if consecutive else rows  # a GPU would be waited for with a list
+        batch[place] = resized.div_(255).sub_(mean).div_(std).to(dtype)
     return batch
+
+
+@cache
+def _on_device(values: tuple[float, float, float], device: str | torch.device) -> torch.Tensor:
+    """One value per channel, float32 [3, 1, 1]."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def _rows_of_equal_size(images: Sequence[np.ndarray], size: int, pixels_at_once: int) -> list[list[int]]:
@@ -101,7 +108,7 @@ def _rows_of_equal_size(images: Sequence[np.ndarray], size: int, pixels_at_once:
 
 def _as_batch(pixels: np.ndarray, device: str | torch.device) -> torch.Tensor:
     """Pixels [b, height, width, 3] of either type -> float32 [b, 3, height, width], channels last."""
-    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float()
+    return sent(torch.from_numpy(pixels), device).permute(0, 3, 1, 2).float()
 
 
 def _resize(pixels: torch.Tensor, size: int) -> torch.Tensor:

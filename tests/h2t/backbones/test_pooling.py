@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from h2t.backbones import pooling
 from h2t.backbones.pooling import falls_back, pool, pool_to_all, pooled_size, window
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
@@ -120,3 +121,16 @@ def test_gradients_reach_the_activation() -> None:
     activation = torch.ones(1, 2, 4, 4, requires_grad=True)
     pool(activation, 8).sum().backward()
     torch.testing.assert_close(activation.grad, torch.full((1, 2, 4, 4), 0.25))
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 9, 5), (1, 1, 10, 3), (2, 8, 8, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_processors_and_gpus_pool_alike(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    positions = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for side in (2, 3, 4):
+        high = 1 if shape[1] == 1 else side
+        by_pooling, by_reduction = (
+            means(positions, high, side) for means in (pooling._means_by_pooling, pooling._means_by_reduction)
+        )
+        assert by_pooling.dtype == by_reduction.dtype == torch.float32
+        torch.testing.assert_close(by_pooling, by_reduction)
