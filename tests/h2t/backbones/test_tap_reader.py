@@ -1,4 +1,6 @@
+import shutil
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -169,3 +171,84 @@ def test_impossible_settings_are_refused() -> None:
     with pytest.raises(UserError, match="unknown treatment of the class token 'only': did you mean only_cls"):
         TapReader(backbone, [512], "only")  # type: ignore[arg-type]
     assert hooks_of(backbone.model) == 0
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are made as ever and run by PyTorch itself."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "resnet18"])
+def test_backbone_with_its_taps_is_one_graph(name: str) -> None:
+    backbone = load_backbone(name, weights="random", image_size=FAMILIES.get(name))
+    torch._dynamo.reset()
+    with TapReader(backbone, TARGET_SIZES) as reader:
+        explained = torch._dynamo.explain(reader.pooled)(some_images(backbone))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_compiled_reader_reads_the_same_and_is_compiled_once_for_all_batches() -> None:
+    backbone = load_backbone("test_efficientnet", weights="random", image_size=64)
+    images = torch.randn(7, 3, 64, 64)
+    torch._dynamo.utils.counters.clear()
+    plain, reader = (TapReader(backbone, TARGET_SIZES, compiled=compiled) for compiled in (False, True))
+    with plain, reader:
+        for part in (images[:4], images[4:]):
+            expected, found = plain(part), reader(part)
+            for size in TARGET_SIZES:
+                for before, after in zip(expected[size], found[size], strict=True):
+                    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_reader_goes_on_where_the_backbone_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: object, inputs: object) -> None:
+        raise RuntimeError("no C++ compiler was found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    torch._dynamo.reset()
+    backbone = load_backbone("test_efficientnet", weights="random", image_size=64)
+    images = torch.randn(2, 3, 64, 64)
+    with TapReader(backbone, [256]) as plain, TapReader(backbone, [256], compiled=True) as reader:
+        with pytest.warns(UserWarning, match=r"test_efficientnet cannot be compiled .* no C"):
+            found = reader(images)
+        for before, after in zip(plain(images)[256], found[256], strict=True):
+            torch.testing.assert_close(after, before)
+        reader(images)  # without another warning
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_by_the_compiler_features_are_the_same() -> None:
+    backbone = load_backbone("test_vit", weights="random", image_size=160)
+    images = some_images(backbone)
+    torch._dynamo.reset()
+    with (
+        TapReader(backbone, TARGET_SIZES) as plain,
+        TapReader(backbone, TARGET_SIZES, compiled=True) as reader,
+    ):
+        for part in (images, images[:1]):
+            expected, found = plain(part), reader(part)
+            for size in TARGET_SIZES:
+                for before, after in zip(expected[size], found[size], strict=True):
+                    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+        assert reader._compiled is not None
+
+
+@pytest.mark.parametrize(("precision", "rounded"), [("float32", False), ("tf32", True)])
+def test_products_are_rounded_where_that_is_asked_for(precision: str, rounded: bool) -> None:
+    backbone = load_backbone("test_efficientnet", weights="random", image_size=64, precision=precision)
+    seen: list[tuple[bool, bool]] = []
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [setting.allow_tf32 for setting in settings]
+    backbone.model.register_forward_pre_hook(
+        lambda *given: seen.append(tuple(setting.allow_tf32 for setting in settings))
+    )
+    with TapReader(backbone, [256]) as reader:
+        reader(torch.randn(1, 3, 64, 64))
+    assert seen == [(rounded, rounded)]
+    assert [setting.allow_tf32 for setting in settings] == before
