@@ -1,8 +1,15 @@
 """The saved result of adapting to a task: a head, what it kept, and enough to predict new images with it.
 
-A head is one safetensors file: tensors ``kept``, ``weight`` and ``bias`` (of nearest neighbours also their
-labels), and a single metadata entry of JSON that holds the rest. Equal heads give equal bytes. A fine-tuned
-model is what ``finetuning.save_model`` gives.
+A head is one safetensors file, and a single metadata entry of JSON that holds what is not a tensor:
+
+- ``kept`` int32 [n_kept], the kept features, ascending; or ``kept_bitmap`` uint8, one bit for each of the N
+  features, the lowest bit of a byte first; whichever is smaller;
+- ``weight`` [n_kept, n_classes], float32 or float16, or int8 with ``scale`` float32 [n_classes], which the
+  column of a class is multiplied by;
+- ``bias`` float32 [n_classes];
+- of nearest neighbours ``neighbours`` int64, their labels: the columns of weight and bias are training rows.
+
+Equal heads give equal bytes. A fine-tuned model is what ``finetuning.save_model`` gives.
 """
 
 import json
@@ -12,9 +19,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from scipy.special import softmax
@@ -24,17 +32,19 @@ from h2t.backbones.pair import load_section
 from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import feature_layout
 from h2t.checksum import check_digest, tensor_digest
-from h2t.errors import UserError
-from h2t.extraction import AnyImage, extract_features, prepared_batches, preprocessing_for
+from h2t.errors import UserError, unknown
+from h2t.extraction import AnyImage, prepared_batches, preprocessing_for
 from h2t.features import FeatureLayout
 from h2t.finetuning import MODEL, FinetuneOptions, TrainableModel, load_model, predict_logits, read_metadata
-from h2t.head2toe import Head, logits
+from h2t.head2toe import Head
 from h2t.heads.neighbours import Neighbours
 from h2t.hyperparameters import Hyperparameters
-from h2t.images.preprocessing import Preprocessing
+from h2t.images.preprocessing import Preprocessing, to_batch
+from h2t.shared_pass import SharedPass
 
-FORMAT = "head2toe-head-3"
+FORMAT, EARLIER = "head2toe-head-4", ("head2toe-head-3",)  # which had `kept` in int64
 ENTRY = "head"
+WeightType = Literal["float32", "float16", "int8"]
 
 
 class Prediction(NamedTuple):
@@ -50,13 +60,15 @@ def save_head(
     *,
     provenance: dict[str, str],
     classes: int | Sequence[str],
+    weights: WeightType = "float32",
 ) -> None:
     """Write a head as safetensors.
 
     ``classes``: their number, or their names in the order of the labels. ``provenance``: whatever should
     travel with the head; ``Adapter.load`` needs the entry ``backbone``, a recipe's section of that name as
-    JSON.
+    JSON. ``weights``: as what they are stored.
     """
+    check_weight_type(weights)
     n_classes = classes if isinstance(classes, int) else len(classes)
     if n_classes != head.n_classes:
         raise UserError(f"save_head: {n_classes} classes are named, but the head has {head.n_classes}")
@@ -72,11 +84,8 @@ def save_head(
         "raw": head.raw,
         "neighbours": head.neighbours and head.neighbours.k,
     }
-    tensors: dict[str, np.ndarray] = {
-        "kept": np.ascontiguousarray(head.kept, dtype=np.int64),
-        "weight": np.ascontiguousarray(head.weight, dtype=np.float32),
-        "bias": np.ascontiguousarray(head.bias, dtype=np.float32),
-    }
+    tensors = _stored_kept(head) | _stored_weight(head.weight, weights)
+    tensors["bias"] = np.ascontiguousarray(head.bias, dtype=np.float32)
     if head.neighbours:
         tensors["neighbours"] = np.ascontiguousarray(head.neighbours.labels, dtype=np.int64)
     content["sha256"] = tensor_digest(save(tensors))
@@ -86,6 +95,56 @@ def save_head(
         Path(destination).write_bytes(data)
     else:
         destination.write(data)
+
+
+def check_weight_type(weights: str) -> WeightType:
+    """The type itself. Raises UserError for one that is not known."""
+    for known in get_args(WeightType):
+        if weights == known:
+            return known
+    raise unknown("type of weights", weights, get_args(WeightType))
+
+
+def _stored_kept(head: Head) -> dict[str, np.ndarray]:
+    if 32 * len(head.kept) <= head.layout.n_features:
+        return {"kept": np.ascontiguousarray(head.kept, dtype=np.int32)}
+    chosen = np.zeros(head.layout.n_features, dtype=bool)
+    chosen[head.kept] = True
+    return {"kept_bitmap": np.packbits(chosen, bitorder="little")}
+
+
+def _stored_weight(weight: np.ndarray, kind: WeightType) -> dict[str, np.ndarray]:
+    if kind != "int8":
+        return {"weight": np.ascontiguousarray(weight, dtype=kind)}
+    largest = np.abs(weight).max(0, initial=0.0).astype(np.float32)
+    scale = np.where(largest > 0, largest / 127, np.float32(1))
+    return {"weight": np.ascontiguousarray(np.rint(weight / scale), dtype=np.int8), "scale": scale}
+
+
+def _read_kept(tensors: dict[str, np.ndarray], n_features: int) -> np.ndarray:
+    if "kept" in tensors:
+        return tensors["kept"].astype(np.int64)
+    bitmap = tensors["kept_bitmap"]
+    if len(bitmap) != -(-n_features // 8):
+        raise ValueError(f"{8 * len(bitmap)} bits for {n_features} features")
+    return np.flatnonzero(np.unpackbits(bitmap, bitorder="little"))
+
+
+def _read_weight(tensors: dict[str, np.ndarray]) -> np.ndarray:
+    weight = tensors["weight"].astype(np.float32)
+    return weight * tensors["scale"] if "scale" in tensors else weight
+
+
+def convert_head(
+    source: bytes | BinaryIO | str | Path, destination: BinaryIO | str | Path, weights: WeightType
+) -> None:
+    """Write a saved head again with its weights as another type. Raises UserError as :func:`load_head`."""
+    name, data = _read(source)
+    with _naming(name, "head"):
+        head, content = _head(data)
+    save_head(
+        head, destination, provenance=content["provenance"], classes=content["classes"], weights=weights
+    )
 
 
 def load_head(source: bytes | BinaryIO | str | Path) -> tuple[Head, dict[str, str]]:
@@ -158,15 +217,17 @@ class Adapter:
         if isinstance(self.head, TrainableModel):
             batches = prepared_batches(images, preprocessing, batch_size)
             return predict_logits(self.head, [*chain.from_iterable(batches)], preprocessing, batch_size)
-        features = extract_features(
-            self.backbone,
-            images,
-            self.head.hyperparameters.target_size,
-            preprocessing=preprocessing,
-            cls_token=self.cls_token,
-            batch_size=batch_size,
-        )
-        return logits(self.head, features)
+        with SharedPass(self.backbone, [self.head], self.cls_token) as shared:
+            parts = [
+                shared.logits(to_batch(batch, preprocessing, self.device))[0]
+                for batch in prepared_batches(images, preprocessing, batch_size)
+            ]
+        return np.concatenate([np.empty((0, self.head.n_classes), np.float32), *parts])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.model.parameters()).device
 
 
 def _check_layout(backbone: Backbone, head: Head, cls_token: ClassToken) -> None:
@@ -208,16 +269,17 @@ def _head(data: bytes) -> tuple[Head, dict[str, Any]]:
     if ENTRY not in metadata:
         raise ValueError(f"no entry '{ENTRY}' in its metadata")
     content = metadata[ENTRY]
-    if content["format"] != FORMAT:
+    if content["format"] not in (FORMAT, *EARLIER):
         raise ValueError(f"expected format {FORMAT}, got {content['format']}")
     classes, k = content["classes"], content["neighbours"]
     n_classes = classes if isinstance(classes, int) else len(classes)
+    layout = FeatureLayout(tuple(content["taps"]), tuple(content["widths"]))
     head = Head(
         Hyperparameters(**content["hyperparameters"]),
         content["seed"],
-        tensors["kept"],
-        FeatureLayout(tuple(content["taps"]), tuple(content["widths"])),
-        tensors["weight"],
+        _read_kept(tensors, layout.n_features),
+        layout,
+        _read_weight(tensors),
         tensors["bias"],
         content["train_loss"],
         content["raw"],

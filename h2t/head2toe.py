@@ -1,6 +1,6 @@
 """Head2Toe and its baselines on frozen features: score, keep, train the final head (Section 3.2)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, get_args
@@ -54,6 +54,19 @@ class Head:
     def n_classes(self) -> int:
         """The number of classes."""
         return self.neighbours.n_classes if self.neighbours else len(self.bias)
+
+    def restricted(self, taps: Collection[str]) -> "Head":
+        """The same head on features of some taps alone, which have all that it keeps."""
+        inside = [name in taps for name in self.layout.taps]
+        pairs = zip(self.layout.taps, self.layout.widths, strict=True)
+        names, widths = zip(*(pair for pair, there in zip(pairs, inside, strict=True) if there), strict=True)
+        before = np.cumsum(np.where(inside, 0, self.layout.widths))  # columns that fall away up to each tap
+        kept = self.kept - before[self.layout.tap_of(self.kept)]
+        return replace(self, kept=kept, layout=FeatureLayout(names, widths))
+
+    def taps_read(self) -> tuple[str, ...]:
+        """The taps with a kept feature, in network order."""
+        return tuple(self.layout.taps[tap] for tap in np.unique(self.layout.tap_of(self.kept)))
 
     def logits(self, inputs: np.ndarray) -> np.ndarray:
         """Logits float32 [n, n_classes] of the kept features float32 [n, n_kept], normalised."""

@@ -329,6 +329,120 @@ def taps(
     _print(table)
 
 
+@app.command()
+def fit(
+    images: Annotated[str, typer.Argument(help="A folder: <class>/… or train/ and test/ of them.")],
+    backbone: Annotated[str, typer.Option(help="A preset, or any model of timm.")] = "efficientnet_lite0",
+    out: Annotated[str | None, typer.Option(help="The adapter; default NAME.safetensors.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="folder, parquet or webdataset; default: by the files.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="float32, float16 or int8, of the saved head.")] = "float32",
+    run_dir: RunDir = None,
+    set_: Set = None,
+    address: Address = None,
+) -> None:
+    """Adapt a backbone to a folder of labelled images: a table of two methods, and an adapter."""
+    from h2t.adapter import check_weight_type
+    from pipelines import fit as fitting
+    from pipelines.run_directory import RunDirectory
+
+    kind = check_weight_type(weights)
+    config = fitting.recipe(images, backbone, image_size, format, overrides=set_ or ())
+    out = out or f"{fitting.name_of(images)}.safetensors"
+    if not out.endswith(".safetensors"):
+        raise UserError(f"--out {out}: expected a name that ends with .safetensors")
+    run = RunDirectory(run_dir or f"runs/{config.name}")
+    _run(config, run.uri, ["extract", "sweep", "evaluate"], address, tables=False)
+    found = fitting.fitted(run)
+    chosen = fitting.best(found)
+    table = _table(
+        "method", "held-out accuracy, %", "95 % interval", "in cross-validation, %", "features kept"
+    )
+    for each in found:
+        low, high = 100 * each.held_out.low, 100 * each.held_out.high
+        table.add_row(each.method, f"{100 * each.held_out.mean:.1f}", f"{low:.1f} to {high:.1f}",
+                      f"{100 * each.validation_accuracy:.1f}", f"{each.n_kept:,}")  # fmt: skip
+    _print(table)
+    gain = fitting.difference(run)
+    console.print(
+        f"Head2Toe − linear on {chosen.n_test} held-out images: {100 * gain.mean:+.1f} points "
+        f"({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+    )
+    fitting.save_adapter(run, chosen, out, kind)
+    console.print(
+        f"{out} is {chosen.method}, which cross-validation prefers; what it is: "
+        f"{out.removesuffix('.safetensors')}.md; use it: h2t predict {out} IMAGES"
+    )
+
+
+@app.command()
+def predict(
+    files: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER… IMAGES…", help="Adapters (.safetensors), then images.")
+    ],
+    out: Annotated[str | None, typer.Option(help="Where all rows go: .parquet or .csv.")] = None,
+    top: Annotated[int, typer.Option(help="Classes to name for each image.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a forward pass.")] = 50,
+) -> None:
+    """Predict images with saved adapters: files, folders, patterns, Parquet."""
+    from pipelines.predict import predict as predict_images
+
+    adapters = [file for file in files if file.endswith(".safetensors")]
+    inputs = [file for file in files if not file.endswith(".safetensors")]
+    if not adapters or not inputs:
+        raise UserError(
+            f"expected adapters (.safetensors) and images, got {len(adapters)} adapters and {len(inputs)} "
+            "places with images"
+        )
+    shown, bad = predict_images(adapters, inputs, out, top, batch_size, console)
+    if out is None and len(shown):
+        table = _table(*map(str, shown.columns))
+        for row in shown.itertuples(index=False):
+            table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+        _print(table)
+    elif out is not None and len(shown):
+        console.print(f"everything is in {out}")
+    for error in bad:
+        Console(stderr=True).print(f"cannot be read: {error}", markup=False, highlight=False, soft_wrap=True)
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="An adapter (.safetensors).")],
+    destination: Annotated[str, typer.Argument(help="A name that ends with .onnx, or .safetensors.")],
+    weights: Annotated[str, typer.Option(help="float32, float16 or int8, for .safetensors.")] = "float32",
+) -> None:
+    """Write an adapter as ONNX, pixels in and logits out; or again with smaller weights."""
+    from h2t.adapter import Adapter, check_weight_type, convert_head
+    from h2t.export import export_onnx
+
+    if destination.endswith(".onnx"):
+        export_onnx(Adapter.load(adapter), destination)
+    elif destination.endswith(".safetensors"):
+        convert_head(adapter, destination, check_weight_type(weights))
+    else:
+        raise UserError(f"'{destination}': expected a name that ends with .onnx or .safetensors")
+    console.print(f"{destination}: {Path(destination).stat().st_size:,} bytes")
+
+
+@app.command("inspect")
+def inspect_command(
+    place: Annotated[str, typer.Argument(help="A .safetensors or .parquet file, or a run directory.")],
+) -> None:
+    """Say what is inside a file of ours or a run directory."""
+    from pipelines.contents import describe
+
+    table = _table("", "")
+    table.show_header = False
+    for name, value in describe(place):
+        table.add_row(name, value)
+    _print(table)
+
+
 def _answer() -> None:
     """Run the command line; a user's mistake is one message and exit status 2."""
     try:

@@ -67,7 +67,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         got = "nothing" if data is None else type(data).__name__
         raise UserError(f"{path}: expected a mapping of settings, got {got}")
     for override in overrides:
-        _override(data, override)
+        apply_override(data, override)
     return parse_config(data, str(path))
 
 
@@ -93,7 +93,8 @@ def _parse(text: str, origin: str) -> Any:
         raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set ``key.subkey=value`` in plain settings. Raises UserError for text of another form."""
     key, sign, value = override.partition("=")
     if not sign or not all(key.split(".")):
         raise UserError(f"--set expects key=value, got '{override}'")

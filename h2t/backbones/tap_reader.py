@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -19,8 +20,14 @@ from h2t.features import FeatureLayout
 Collect = Callable[[int, Tensor], None]
 
 
+class _AllRead(Exception):
+    """Ends a forward pass behind the last tap."""
+
+
 class TapReader:
     """Reads the pooled features of every tap in one forward pass; its hooks stay until it is closed.
+
+    The pass ends with the last tap of the backbone's: fewer taps may cost less than a whole pass.
 
     Use it as a context manager, or call `close`. With ``gradients`` the features carry them back to the
     images and to the weights that require them; without, they are inference tensors.
@@ -47,6 +54,7 @@ class TapReader:
         self._pooled: dict[int, dict[int, Tensor]] = {}  # by tap and target size
         self._hooks = _Hooks(backbone, self._collect)
         self._largest_batch = 0
+        self._is_graph = compiled
         self._compiled = torch.compile(self.pooled, fullgraph=True, dynamic=False) if compiled else None
 
     def __call__(self, images: Tensor) -> dict[int, list[Tensor]]:
@@ -61,16 +69,27 @@ class TapReader:
             torch.inference_mode(not self.gradients),
             tf32(self.backbone.precision == "tf32"),
         ):
-            features = self.pooled(batch) if self._compiled is None else self._pooled_by_compiled(batch)
+            try:
+                features = self.pooled(batch) if self._compiled is None else self._pooled_by_compiled(batch)
+            finally:
+                self._hooks.stop()
         return {size: [tap[: len(images)] for tap in taps] for size, taps in features.items()}
 
     def pooled(self, batch: Tensor) -> dict[int, list[Tensor]]:
         """Features of images that lie on the backbone's device in its precision: what is compiled."""
         self._pooled = {}  # and not cleared: the compiled graph would be bound to what it held
         self._hooks.start()
-        self.backbone.model(batch)
+        if self._ends_early:
+            with suppress(_AllRead):
+                self.backbone.model(batch)
+        else:  # a graph has no early end, and where there are gradients, what comes later may want them
+            self.backbone.model(batch)
         taps, self._pooled = [self._pooled[index] for index in range(len(self.backbone.taps))], {}
         return {size: [pooled[size] for pooled in taps] for size in self.target_sizes}
+
+    @property
+    def _ends_early(self) -> bool:
+        return not (self._is_graph or self.gradients)
 
     def _filled_up(self, batch: Tensor) -> Tensor:
         """The batch with as many images as the largest seen: every number of images is compiled anew."""
@@ -97,6 +116,8 @@ class TapReader:
             # Later layers may overwrite an activation that the backward pass of the pooling still needs.
             activation = activation.clone()
         self._pooled[index] = pool_to_all(activation, self.target_sizes, self.cls_token)
+        if self._ends_early and len(self._pooled) == len(self.backbone.taps):
+            raise _AllRead
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -180,6 +201,7 @@ class _Hooks:
         self._collect = collect
         self._model = backbone.model
         self._calls: dict[tuple[str, str], int] = {}
+        self._started = False
         taps_at: dict[tuple[str, str], list[tuple[int, Tap]]] = {}
         for index, tap in enumerate(backbone.taps):
             taps_at.setdefault((tap.module, tap.point), []).append((index, tap))
@@ -187,7 +209,11 @@ class _Hooks:
 
     def start(self) -> None:
         """Count calls of modules from the beginning of a forward pass."""
-        self._calls = {}
+        self._calls, self._started = {}, True
+
+    def stop(self) -> None:
+        """Let passes be that are none of ours: others may read the same model."""
+        self._started = False
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -201,6 +227,8 @@ class _Hooks:
         return module.register_forward_hook(lambda module, given, returned: self._see(hook, taps, returned))
 
     def _see(self, hook: tuple[str, str], taps: list[tuple[int, Tap]], activation: Tensor) -> None:
+        if not self._started:
+            return
         call = self._calls[hook] = self._calls.get(hook, -1) + 1
         for index, tap in taps:
             if tap.call == call:

@@ -211,7 +211,7 @@ def _listed(source: FolderSource, folder: str) -> _Listed:
     for label, name in enumerate(_class_names(source)):
         for path in list_files(filesystem, f"{folder}/{name}"):
             ending = posixpath.splitext(path)[1].lower()
-            if ending in _image_endings():
+            if ending in image_endings():
                 paths.append(path)
                 labels.append(label)
             else:
@@ -221,7 +221,8 @@ def _listed(source: FolderSource, folder: str) -> _Listed:
 
 
 @cache
-def _image_endings() -> frozenset[str]:
+def image_endings() -> frozenset[str]:
+    """Endings of the files that Pillow reads, in lower case and with the dot."""
     readable = PillowImage.registered_extensions().items()
     return frozenset(ending for ending, format in readable if format in PillowImage.OPEN)
 

@@ -80,14 +80,7 @@ class ParquetSource(FileSource):
         return images
 
     def _image(self, stored: bytes | dict[str, Any] | None, listed: "_Listed", row: int) -> EncodedImage:
-        """Bytes as they stand in the file, or of the file beside it that the row names instead."""
-        if not isinstance(stored, dict):
-            return EncodedImage(stored or b"", listed.name(row))
-        path = _beside(listed.files[listed.file[row]], stored.get("path"))
-        if stored.get("bytes") or not path:
-            return EncodedImage(stored.get("bytes") or b"", listed.name(row))
-        (data,) = read_files(open_root(self.root)[0], [path])
-        return EncodedImage(data, path)
+        return _encoded(self.root, listed.files[listed.file[row]], stored, listed.name(row))
 
     def name(self, split: SourceSplit, row: int) -> str:
         """File, row group and row."""
@@ -378,6 +371,38 @@ def _reading(root: str, path: str) -> Iterator[pq.ParquetFile]:
             yield file
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def image_column(root: str, path: str) -> tuple[str, int]:
+    """The column of images of a Parquet file, and the number of rows. Raises UserError where it has none."""
+    with _reading(root, path) as file:
+        return _image_field(file.schema_arrow, path, "").name, file.metadata.num_rows
+
+
+def stream_images(root: str, path: str) -> Iterator[EncodedImage]:
+    """The images of a Parquet file in order, a few rows in memory at a time; paths count where no bytes are.
+
+    Raises UserError for a file that cannot be read or has no column of images.
+    """
+    row = 0
+    with _reading(root, path) as file:
+        field = _image_field(file.schema_arrow, path, "")
+        columns = [field.name] if _is_bytes(field.type) else _columns_of_struct(field)
+        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
+            for stored in batch.column(0).to_pylist():
+                yield _encoded(root, path, stored, f"{path}#{row}")
+                row += 1
+
+
+def _encoded(root: str, file: str, stored: bytes | dict[str, Any] | None, name: str) -> EncodedImage:
+    """Bytes as they stand in the file, or of the file beside it that the row names instead."""
+    if not isinstance(stored, dict):
+        return EncodedImage(stored or b"", name)
+    path = _beside(file, stored.get("path"))
+    if stored.get("bytes") or not path:
+        return EncodedImage(stored.get("bytes") or b"", name)
+    (data,) = read_files(open_root(root)[0], [path])
+    return EncodedImage(data, path)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

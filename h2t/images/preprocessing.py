@@ -108,7 +108,7 @@ def _rows_of_equal_size(images: Sequence[np.ndarray], size: int, pixels_at_once:
 
 def _as_batch(pixels: np.ndarray, device: str | torch.device) -> torch.Tensor:
     """Pixels [b, height, width, 3] of either type -> float32 [b, 3, height, width], channels last."""
-    return sent(torch.from_numpy(pixels), device).permute(0, 3, 1, 2).float()
+    return sent(torch.from_numpy(np.require(pixels, requirements="W")), device).permute(0, 3, 1, 2).float()
 
 
 def _resize(pixels: torch.Tensor, size: int) -> torch.Tensor:

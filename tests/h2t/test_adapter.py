@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from safetensors.numpy import load, save
 from safetensors.torch import save_file
 from scipy.special import softmax
 
-from h2t.adapter import Adapter, load_head, save_head
-from h2t.backbones.loading import load_backbone
+from h2t.adapter import Adapter, WeightType, convert_head, load_head, save_head
+from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap_reader import feature_layout
 from h2t.errors import UserError
 from h2t.extraction import extract_features, preprocessing_for
@@ -99,7 +100,47 @@ def test_equal_heads_give_equal_bytes() -> None:
 
 
 def test_the_file_is_plain_safetensors() -> None:
-    assert set(load(saved(random_head(), 3))) == {"kept", "weight", "bias"}
+    assert set(load(saved(random_head(), 3))) == {"kept_bitmap", "weight", "bias"}
+
+
+def test_kept_features_are_stored_as_the_smaller_of_two(head: Head) -> None:
+    few = replace(head, kept=head.kept[:3], weight=head.weight[:3])
+    for stored, name in ((few, "kept"), (head, "kept_bitmap")):
+        assert set(load(saved(stored))) == {name, "weight", "bias"}
+        np.testing.assert_array_equal(load_head(saved(stored))[0].kept, stored.kept)
+
+
+@pytest.mark.parametrize(("weights", "size"), [("float16", 2), ("int8", 1)])
+def test_weights_of_fewer_bytes_are_nearly_the_same(head: Head, weights: WeightType, size: int) -> None:
+    small = io.BytesIO()
+    convert_head(saved(head), small, weights)
+    assert load(small.getvalue())["weight"].nbytes == head.weight.size * size
+    loaded, provenance = load_head(small.getvalue())
+    assert provenance == {"task": "colours"}
+    step = np.abs(head.weight).max(0) / (127 if weights == "int8" else 2**10)
+    assert (np.abs(loaded.weight - head.weight) <= 0.51 * step).all()
+    with pytest.raises(UserError, match="unknown type of weights 'int4'"):
+        convert_head(saved(head), io.BytesIO(), "int4")  # type: ignore[arg-type]
+
+
+def test_only_what_a_head_reads_is_computed(backbone: Backbone, head: Head, images: list[np.ndarray]) -> None:
+    early = backbone.taps[1].name
+    inside = head.layout.tap_of(head.kept) <= 1
+    head = replace(head, kept=head.kept[inside], weight=head.weight[inside])
+    assert set(head.taps_read()) <= {backbone.taps[0].name, early}
+    expected = logits(head, extract_features(backbone, images, TARGET))
+    seen: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda module, given, returned, name=name: seen.append(name))
+        for name, module in backbone.model.named_modules()
+    ]
+    adapter = Adapter(backbone, head)
+    seen.clear()
+    found = adapter.predict(images, batch_size=7).probabilities
+    for handle in handles:
+        handle.remove()
+    np.testing.assert_allclose(found, softmax(expected, axis=1), rtol=1e-4, atol=1e-6)
+    assert not {tap.module for tap in backbone.taps[2:]} & set(seen)
 
 
 def damaged():
@@ -115,8 +156,12 @@ def damaged():
     other = {"head": json.dumps(json.loads(metadata["head"]) | {"format": "other"})}
     yield "other format", save(tensors, metadata=other), "expected format"
     yield "shapes", save(tensors | {"bias": tensors["bias"][:-1].copy()}, metadata=metadata), "do not match"
-    yield "order", save(tensors | {"kept": tensors["kept"][::-1].copy()}, metadata=metadata), "ascending"
-    yield "range", save(tensors | {"kept": tensors["kept"] + 16}, metadata=metadata), "ascending"
+    bitmap = tensors.pop("kept_bitmap")
+    kept = np.flatnonzero(np.unpackbits(bitmap, bitorder="little")).astype(np.int32)
+    yield "order", save(tensors | {"kept": kept[::-1].copy()}, metadata=metadata), "ascending"
+    yield "range", save(tensors | {"kept": kept + 16}, metadata=metadata), "ascending"
+    yield "bits", save(tensors | {"kept_bitmap": bitmap[:1].copy()}, metadata=metadata), "8 bits for 16"
+    tensors["kept"] = kept
     yield (
         "nan",
         save(tensors | {"weight": tensors["weight"] * np.float32(np.nan)}, metadata=metadata),

@@ -1,5 +1,6 @@
 import shutil
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -184,7 +185,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_backbone_with_its_taps_is_one_graph(name: str) -> None:
     backbone = load_backbone(name, weights="random", image_size=FAMILIES.get(name))
     torch._dynamo.reset()
-    with TapReader(backbone, TARGET_SIZES) as reader:
+    with TapReader(backbone, TARGET_SIZES, compiled=True) as reader:
         explained = torch._dynamo.explain(reader.pooled)(some_images(backbone))
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
@@ -252,3 +253,35 @@ def test_products_are_rounded_where_that_is_asked_for(precision: str, rounded: b
         reader(torch.randn(1, 3, 64, 64))
     assert seen == [(rounded, rounded)]
     assert [setting.allow_tf32 for setting in settings] == before
+
+
+def test_pass_ends_with_the_last_tap_that_is_read() -> None:
+    backbone = load_backbone("test_efficientnet", weights="random", image_size=64)
+    images = torch.randn(2, 3, 64, 64)
+    with TapReader(backbone, [256]) as reader:
+        whole = reader(images)[256]
+    seen: list[str] = []
+    for name, module in backbone.model.named_modules():
+        module.register_forward_hook(lambda module, given, returned, name=name: seen.append(name))
+    some = replace(backbone, taps=backbone.taps[2:4])
+    with TapReader(some, [256]) as reader:
+        for _ in range(2):
+            for before, after in zip(whole[2:4], reader(images)[256], strict=True):
+                torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert backbone.taps[1].module in seen
+    assert not {tap.module for tap in backbone.taps[4:]} & set(seen)
+
+
+def test_readers_of_one_model_and_its_own_passes_leave_each_other_alone() -> None:
+    backbone = load_backbone("test_efficientnet", weights="random", image_size=64)
+    images = torch.randn(2, 3, 64, 64)
+    alone = backbone.model(images)
+    first, second = replace(backbone, taps=backbone.taps[:2]), replace(backbone, taps=backbone.taps[1:5])
+    with TapReader(first, [256]) as few, TapReader(second, [256]) as more:
+        for _ in range(2):
+            for a, b in zip(few(images)[256][1:], more(images)[256], strict=False):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+            torch.testing.assert_close(backbone.model(images), alone)
+        with pytest.raises(RuntimeError):
+            few(torch.randn(2, 5, 64, 64))
+        torch.testing.assert_close(backbone.model(images), alone)

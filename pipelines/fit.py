@@ -1,0 +1,185 @@
+"""From a folder of labelled images to an adapter and what it is worth: ``h2t fit``.
+
+A recipe is made and run as any other: its run directory holds everything, and ``run.yaml`` in it the recipe.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from h2t.adapter import Adapter, WeightType, convert_head, load_head
+from h2t.backbones.loading import input_config
+from h2t.errors import UserError
+from h2t.images.formats import ROOTED
+from h2t.images.remote import list_files, list_folders, open_root
+from h2t.statistics import Estimate, accuracy_estimate, paired_difference
+from pipelines.config import Config
+from pipelines.recipe import apply_override, parse_config
+from pipelines.run_directory import RunDirectory
+
+METHODS = ("linear", "head2toe")
+GRID = {
+    "target_size": [512],
+    "learning_rate": [0.1, 0.01],
+    "steps": [500],
+    "coefficient": [1e-5],
+    "head2toe_coefficient": [1e-3, 1e-5],
+    "keep_fraction": [0.005, 0.01, 0.02, 0.05, 0.1, 0.2],
+}
+"""What is tried: the paper's rates and fractions at one target size and 500 steps."""
+
+
+def name_of(images: str) -> str:
+    """A name for the task and its files: that of the folder or file."""
+    last = re.split(r"[?]", images)[0].rstrip("/").rpartition("/")[2] or Path(images).resolve().name
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", last.removesuffix(".parquet")).strip("-.") or "images"
+
+
+def format_of(images: str) -> str:
+    """The format of what lies at a path or URI, by the names of its files."""
+    filesystem, path = open_root(images)
+    names = [path, *list_files(filesystem, path, recursive=False)]
+    for folder in list_folders(filesystem, path):
+        names += list_files(filesystem, f"{path}/{folder}", recursive=False)
+    for ending, format in ((".parquet", "parquet"), (".tar", "webdataset")):
+        if any(name.lower().endswith(ending) for name in names):
+            return format
+    return "folder"
+
+
+def recipe(
+    images: str,
+    backbone: str,
+    image_size: int | None = None,
+    format: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Config:
+    """The recipe of a fit. Raises UserError for an unknown format or backbone, among others."""
+    name = name_of(images)
+    input_config(backbone, image_size)  # before anything is written
+    if format is not None and format not in ROOTED:
+        raise UserError(f"--format: expected one of {', '.join(ROOTED)}, got '{format}'")
+    task = {
+        "name": name,
+        "group": "natural",
+        "title": name,
+        "images": {"format": format or format_of(images), "root": images},
+    }
+    data: dict[str, Any] = {
+        "name": f"fit-{name}",
+        "backbone": {"name": backbone, "image_size": image_size},
+        "tasks": [task],
+        "methods": list(METHODS),
+        "grid": GRID,
+        "cross_validation": {"scheme": "shuffled"},
+        "seeds": [0],
+    }
+    for override in overrides:
+        apply_override(data, override)
+    return parse_config(data, images)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a method came to: accuracy in cross-validation and on held-out images, and its saved head."""
+
+    method: str
+    validation_accuracy: float
+    held_out: Estimate
+    n_test: int
+    n_kept: int
+    file: str
+
+
+def fitted(run: RunDirectory) -> list[Fitted]:
+    """What the run of a fit came to, one entry per method."""
+    found = []
+    for row in _rows(run, "results").to_dict("records"):
+        beginning = f"{row['method']}-seed-{row['seed']}-"
+        (file,) = [
+            name
+            for name in run.names("heads", recursive=True)
+            if name.rpartition("/")[2].startswith(beginning)
+        ]
+        held_out = accuracy_estimate((np.arange(row["n_test"]) < row["n_correct"])[None])
+        found.append(
+            Fitted(row["method"], row["validation_accuracy"], held_out, row["n_test"], row["n_kept"], file)
+        )
+    return sorted(found, key=lambda each: METHODS.index(each.method))
+
+
+def difference(run: RunDirectory) -> Estimate:
+    """Held-out accuracy of Head2Toe minus that of the linear probe, on the same images."""
+    rows = _rows(run, "predictions").sort_values("index")
+    first, second = (
+        (of := rows[rows["method"] == method])["prediction"].to_numpy() == of["label"].to_numpy()
+        for method in reversed(METHODS)
+    )
+    return paired_difference(first[None], second[None])
+
+
+def best(found: list[Fitted]) -> Fitted:
+    """The one that cross-validation prefers; held-out images have no say."""
+    return max(found, key=lambda each: each.validation_accuracy)
+
+
+def _rows(run: RunDirectory, kind: str) -> pd.DataFrame:
+    return run.read_table(run.names(kind, recursive=True)).to_pandas()
+
+
+def save_adapter(run: RunDirectory, chosen: Fitted, out: str, weights: WeightType) -> None:
+    """Write the adapter, and the model card beside it (``.md``), each whole or not at all."""
+    folder, _, name = out.rpartition("/")
+    destination = RunDirectory(folder or ".")
+    with destination.writing(name) as sink:
+        convert_head(run.read(chosen.file), sink, weights)
+    destination.write(f"{name.removesuffix('.safetensors')}.md", model_card(run, chosen, name).encode())
+
+
+def model_card(run: RunDirectory, chosen: Fitted, name: str) -> str:
+    """What is in an adapter, how good it is and how to use it, as Markdown."""
+    (row,) = _rows(run, "results").query(f"method == '{chosen.method}'").to_dict("records")
+    head, provenance = load_head(run.read(chosen.file))
+    section = json.loads(provenance["backbone"])
+    classes = Adapter.load(run.read(chosen.file)).classes
+    low, high = 100 * chosen.held_out.low, 100 * chosen.held_out.high
+    point = head.hyperparameters
+    lines = [
+        f"# {name}",
+        "",
+        f"A linear head on features of a frozen `{section['name']}`, for {len(classes)} classes: "
+        f"{', '.join(map(str, classes[:20]))}{' …' if len(classes) > 20 else ''}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| held-out accuracy | {100 * chosen.held_out.mean:.1f} % ({low:.1f} to {high:.1f}, with 95 % "
+        f"confidence), {chosen.n_test} images |",
+        f"| accuracy in 5-fold cross-validation | {100 * chosen.validation_accuracy:.1f} % |",
+        f"| method | {chosen.method}: {len(head.kept):,} of {head.layout.n_features:,} features kept, from "
+        f"{len(head.taps_read())} of {len(head.layout.taps)} taps; target size {point.target_size}, rate "
+        f"{point.learning_rate:g}, {point.steps} steps, coefficient {point.coefficient:g} |",
+        f"| training images | {row['n_train']}, {row['image_source']} |",
+        f"| preprocessing | {row['preprocessing']} |",
+        f"| weights of the backbone | {row['weights']} |",
+        "",
+        "Licences of the images and of the backbone's weights are those of their publishers; this file holds",
+        "neither.",
+        "",
+        "```sh",
+        f"h2t predict {name} photos/*.jpg",
+        "```",
+        "",
+        "```python",
+        "from h2t import Adapter",
+        "",
+        f'Adapter.load("{name}").predict(["photo.jpg"]).labels',
+        "```",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
