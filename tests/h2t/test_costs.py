@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from h2t import costs, paper
-from h2t.costs import BackboneCost, HeadSize
+from h2t.backbones.loading import load_backbone
+from h2t.costs import BackboneCost, HeadSize, flops_up_to, measure_backbone
 from h2t.methods import METHODS
 
 TINY = BackboneCost(forward_flops=1000, parameters=50, embedding_width=8)
@@ -99,3 +100,12 @@ def test_measured_operations_are_those_of_the_layers() -> None:
     for hook in hooks:
         hook.remove()
     assert measured.forward_flops == counted
+
+
+def test_operations_up_to_a_tap_grow_to_those_of_a_whole_pass() -> None:
+    backbone = load_backbone("test_resnet", weights="random", image_size=48)
+    found = flops_up_to(backbone)
+    assert list(found) == [tap.name for tap in backbone.taps]
+    values = list(found.values())
+    assert values == sorted(values)
+    assert 0 < values[0] < values[-1] == measure_backbone(backbone).forward_flops

@@ -65,10 +65,8 @@ def test_modules_give_the_logits_of_fine_tuned_networks_and_of_resized_images() 
         pixels = images(40, 3)
         expected = made._logits(pixels, 50)
         if made.preprocessing.resize == "bicubic":
-            pixels = [
-                np.asarray(Image.fromarray(image).resize((48, 48), Image.Resampling.BICUBIC))
-                for image in pixels
-            ]
+            opened = [Image.fromarray(image) for image in pixels]
+            pixels = [np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC)) for image in opened]
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float()
         with torch.no_grad():
             np.testing.assert_allclose(PixelsToLogits(made)(batch).numpy(), expected, rtol=1e-3, atol=1e-3)

@@ -7,7 +7,7 @@ import pytest
 from h2t.features import FeatureLayout
 from h2t.hyperparameters import Hyperparameters
 from pipelines.scope import EVERYTHING
-from pipelines.studies import find_study, study_names
+from pipelines.studies import depth, find_study, study_names
 from pipelines.studies.data_fraction import shots
 from pipelines.studies.scaling import evenly_spaced
 from pipelines.task_data import open_task
@@ -19,7 +19,9 @@ ON_HEADS = [name for name in study_names() if isinstance(find_study(name), Study
 
 
 @pytest.fixture
-def facts(tmp_path: Path) -> Facts:
+def facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Facts:
+    """Of made-up taps, which cost equally much."""
+    monkeypatch.setattr(depth, "flops_up_to", lambda backbone: {tap: n for n, tap in enumerate(TAPS, 1)})
     write_task(tmp_path, "first")
     task = open_task(small_config(tmp_path, tasks=["first"]), "first")
     layouts = {size: FeatureLayout(TAPS, (*(size for _ in TAPS[1:]), 60)) for size in (16, 64)}
@@ -55,6 +57,12 @@ def test_windows_begin_at_doubling_offsets_and_end_at_the_end(facts: Facts) -> N
     offsets = [variant.points[0].offset for variant in study.variants(facts)]
     assert offsets == [0, n_kept, 2 * n_kept, 4 * n_kept, n_features - n_kept]
     assert {int(n_features * v.points[0].keep_fraction) for v in study.variants(facts)} == {n_kept}
+
+
+def test_budgets_of_depth_take_the_first_taps(facts: Facts) -> None:
+    found = depth.variants(facts)
+    assert [variant.x for variant in found] == [0.25, 0.5, 0.75, 1.0]
+    assert [variant.scope.taps for variant in found] == [TAPS[:8], TAPS[:16], TAPS[:24], None]
 
 
 def test_features_of_another_task_come_with_its_target_size(facts: Facts) -> None:
