@@ -5,10 +5,12 @@ comes back. The actor writes its results itself, so nothing large passes the obj
 """
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from queue import Empty, Queue
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,7 +70,7 @@ def process_shards(
     _ = session.cluster  # else the first actor would start a Ray of its own
     counter = ImageCounter.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     with CountedImages(counter, shards, advance) as counted:
-        for row in stream_shards(session, shards, make_step, counter):
+        for row in watched(stream_shards(session, shards, make_step, counter), counted, session.config):
             if row["deadly"]:
                 deadly.append(row["deadly"])
                 continue
@@ -90,24 +92,34 @@ def process_shards(
 
 @ray.remote
 class ImageCounter:
-    """How many images of every task and split the actors have done: a slow shard is seen to move."""
+    """How many images of every task and split the actors have done: a slow shard is seen to move.
+
+    ``moves`` counts whatever happens: images that are read or done, and workers that begin.
+    """
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self.moves = 0
         self.begun: Counter[int] = Counter()
 
     def begin(self, shard: int) -> int:
         """Count a worker that begins a shard; which one it is."""
+        self.moves += 1
         self.begun[shard] += 1
         return self.begun[shard]
 
     def add(self, place: str, count: int) -> None:
-        """Count images."""
+        """Count images that are done."""
+        self.moves += 1
         self.counts[place] = self.counts.get(place, 0) + count
 
-    def read(self) -> dict[str, int]:
+    def move(self) -> None:
+        """Count images that are read."""
+        self.moves += 1
+
+    def read(self) -> tuple[dict[str, int], int]:
         """What was counted so far."""
-        return self.counts
+        return self.counts, self.moves
 
 
 class CountedImages:
@@ -123,6 +135,7 @@ class CountedImages:
         self.total: Counter[str] = Counter()
         for shard in shards:
             self.total[f"{shard.task}/{shard.split}"] += len(shard.indices)
+        self.moves, self.moved = 0, time.monotonic()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._look, daemon=True)
 
@@ -138,6 +151,7 @@ class CountedImages:
     def finish(self, place: str, count: int) -> None:
         """Count the images of a shard that is done."""
         self.finished[place] += count
+        self.moved = time.monotonic()
         self._tell(place, self.finished[place])
 
     def _tell(self, place: str, count: int) -> None:
@@ -150,8 +164,49 @@ class CountedImages:
     def _look(self) -> None:
         while not self.ended.wait(LOOKED_EVERY_S):
             with suppress(ray.exceptions.RayError):
-                for place, count in ray.get(self.counter.read.remote(), timeout=LOOKED_EVERY_S).items():
+                counts, moves = ray.get(self.counter.read.remote(), timeout=LOOKED_EVERY_S)
+                if moves != self.moves:
+                    self.moves, self.moved = moves, time.monotonic()
+                for place, count in counts.items():
                     self._tell(place, count)
+
+
+def watched(
+    rows: Iterator[dict[str, Any]], counted: CountedImages, config: Config
+) -> Iterator[dict[str, Any]]:
+    """The rows, as long as images are read or computed: slow is not stuck.
+
+    Raises UserError where nothing of that has happened for the time that the recipe sets.
+    """
+    taken: Queue[dict[str, Any] | BaseException | None] = Queue()
+
+    def take() -> None:
+        try:
+            for row in rows:
+                taken.put(row)
+            taken.put(None)
+        except BaseException as error:  # for the thread that waits
+            taken.put(error)
+
+    threading.Thread(target=take, daemon=True).start()
+    limit = config.resources.no_progress_timeout_s
+    while True:
+        try:
+            item = taken.get(timeout=LOOKED_EVERY_S)
+        except Empty:
+            if time.monotonic() - counted.moved <= limit:
+                continue
+            done = f"{sum(counted.told.values())} of {sum(counted.total.values())} images are done"
+            raise UserError(
+                f"no image was read or computed for {limit:.0f} s; {done}, what is done is kept. The cluster "
+                "is too small or busy, or its storage does not answer: see `h2t doctor`; or raise "
+                "resources.no_progress_timeout_s"
+            ) from None
+        if item is None:
+            return
+        if isinstance(item, BaseException):
+            raise item
+        yield item
 
 
 def stream_shards(
@@ -166,7 +221,7 @@ def stream_shards(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = config.resources.no_progress_timeout_s
+    context.execution_no_progress_timeout_s = -1  # which knows whole shards alone: see `watched`
     rows = [{"shard": number} for number in range(len(shards))]
     # By reference: what is larger than a few kilobytes does not belong into the arguments of every task.
     shared = ray.put({
@@ -191,17 +246,10 @@ def stream_shards(
         )
     )
     rows_done = iter(pipeline.iter_rows())
-    try:
-        with without_line(POOL_NOISE):  # said when the actors start
-            first = next(rows_done)
-        yield first
-        yield from rows_done
-    except ray.data.exceptions.ExecutionTimeoutError:
-        raise UserError(
-            f"no shard moved for {config.resources.no_progress_timeout_s:.0f} s: the cluster is too small or "
-            f"busy, or one shard of {config.resources.shard_size} images takes longer than that; lower "
-            "resources.shard_size or resources.actors, or raise resources.no_progress_timeout_s"
-        ) from None
+    with without_line(POOL_NOISE):  # said when the actors start
+        first = next(rows_done)
+    yield first
+    yield from rows_done
 
 
 class ShardActor:
@@ -259,7 +307,9 @@ def decode_shard(batch: pa.Table, shared: list[ray.ObjectRef]) -> pa.Table:
     kept: list[int] = []
     bad: list[BadRow] = []
     user_error = user_error_of(
-        lambda: _decode(shard, known["tasks"][shard.task], known["preprocessing"], pixels, kept, bad)
+        lambda: _decode(
+            shard, known["tasks"][shard.task], known["preprocessing"], pixels, kept, bad, known["counter"]
+        )
     )
     parts = [image.reshape(-1).view(np.uint8) for image in pixels]
     flat = np.concatenate(parts) if parts else np.empty(0, np.uint8)
@@ -284,11 +334,14 @@ def _decode(
     pixels: list[np.ndarray],
     kept: list[int],
     bad: list[BadRow],
+    counter: ray.actor.ActorHandle | None,
 ) -> None:
     """Fill the lists with images, their indices, and the rows that are bad."""
     bad += [row for row in task.bad_rows if row.split == shard.split and row.index in shard.indices]
     usable = sorted(set(shard.indices) - {row.index for row in bad})
-    for index, image in read_in_turn(task, shard.split, usable):
+    for number, (index, image) in enumerate(read_in_turn(task, shard.split, usable)):
+        if counter and number % READ_AT_ONCE == 0:
+            counter.move.remote()
         try:
             pixels.append(np.ascontiguousarray(prepare(image, preprocessing)))
             kept.append(index)

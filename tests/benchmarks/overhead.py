@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.overhead [--units 1000 10000]
 
-The same calls as in a run: jobs as trials of Tune on reused actors, two side by side; shards through Ray Data,
-a decoding task and an actor each.
+The same calls as in a run: jobs as trials of Tune on reused actors, two side by side; shards through Ray
+Data, a decoding task and an actor each.
 """
 
 import argparse

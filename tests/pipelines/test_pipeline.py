@@ -4,8 +4,9 @@ import hashlib
 import os
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,66 @@ def test_progress_moves_within_a_shard_and_ends_at_its_images(
     process_shards(session, missing, SlowStep, lambda count, place: counted.append(count))
     assert sum(counted) == 20
     assert len(counted) >= 3
+
+
+class StuckStep:
+    """Does nothing for long, but for the first images."""
+
+    def __call__(self, task: Any, shard: Shard, pixels: Any, index: Any, seen: Callable[[int], None]) -> None:
+        seen(3)
+        time.sleep(45)  # and not longer: its actor holds a processor of the cluster of all tests
+
+
+class VerySlowStep:
+    """An image every two seconds."""
+
+    def __call__(
+        self, task: Any, shard: Shard, pixels: list, index: Any, seen: Callable[[int], None]
+    ) -> None:
+        for _ in pixels:
+            time.sleep(2)
+            seen(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [VerySlowStep, StuckStep])
+def test_slow_is_not_stuck(images: Path, cluster: Cluster, tmp_path: Path, step: Any) -> None:
+    """A shard that takes longer than the limit goes on as long as images are done."""
+    config = small_config(images, resources={"no_progress_timeout_s": 20, "shard_size": 20})
+    session = Session(config, RunDirectory(str(tmp_path)), Console(quiet=True))
+    missing = shards(features(session.tasks["first"], "train", 16).missing(session.run, []), 20)
+    if step is VerySlowStep:
+        process_shards(session, missing, step, lambda count, place: None)
+        return
+    with pytest.raises(UserError, match="no image was read or computed for 20 s; 3 of 20 images are done"):
+        process_shards(session, missing, step, lambda count, place: None)
+    while any("StreamingExecutor" in thread.name for thread in threading.enumerate()):
+        time.sleep(0.5)  # as long as the actor sleeps: other tests use this cluster too
+
+
+def test_rows_come_as_long_as_something_moves(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_stream, "LOOKED_EVERY_S", 0.02)
+    config = small_config(images)
+    object.__setattr__(config.resources, "no_progress_timeout_s", 0.3)  # less than a recipe may ask for
+    shard, never = Shard("t", "train", 0, 10, ()), threading.Event()
+    counted = shard_stream.CountedImages(None, [shard], lambda count, place: None)  # type: ignore[arg-type]
+
+    def rows(stuck: bool) -> Iterator[dict[str, Any]]:
+        yield {"row": 0}
+        for _ in range(10):  # slower than the limit in all
+            time.sleep(0.06)
+            counted.moved = time.monotonic()
+        counted._tell("t/train", 4)
+        if stuck:
+            never.wait(5)
+        yield {"row": 1}
+
+    assert [row["row"] for row in shard_stream.watched(rows(False), counted, config)] == [0, 1]
+    with pytest.raises(UserError, match="no image was read or computed for 0 s; 4 of 10 images are done"):
+        list(shard_stream.watched(rows(True), counted, config))
+    never.set()
+    with pytest.raises(ZeroDivisionError):
+        list(shard_stream.watched((1 // 0 for _ in "x"), counted, config))  # type: ignore[misc]
 
 
 def test_a_shard_that_is_done_twice_counts_once() -> None:
