@@ -30,13 +30,14 @@ from scipy.special import softmax
 from h2t.backbones.loading import Backbone
 from h2t.backbones.pair import load_section
 from h2t.backbones.pooling import ClassToken
-from h2t.backbones.tap_reader import feature_layout
+from h2t.backbones.tap_reader import feature_layout, tap_shapes
 from h2t.checksum import check_digest, tensor_digest
 from h2t.errors import UserError, unknown
-from h2t.extraction import AnyImage, prepared_batches, preprocessing_for
+from h2t.explanation import Explanation, explain
+from h2t.extraction import AnyImage, extract_features, prepared_batches, preprocessing_for
 from h2t.features import FeatureLayout
 from h2t.finetuning import MODEL, FinetuneOptions, TrainableModel, load_model, predict_logits, read_metadata
-from h2t.head2toe import Head
+from h2t.head2toe import Head, logits
 from h2t.heads.neighbours import Neighbours
 from h2t.hyperparameters import Hyperparameters
 from h2t.images.preprocessing import Preprocessing, to_batch
@@ -223,6 +224,25 @@ class Adapter:
                 for batch in prepared_batches(images, preprocessing, batch_size)
             ]
         return np.concatenate([np.empty((0, self.head.n_classes), np.float32), *parts])
+
+    def explain(self, image: AnyImage, label: int | None = None) -> Explanation:
+        """What each tap and each place of an image add to a logit: of the class ``label``, or the predicted.
+
+        Raises UserError for a head that is no linear one on a frozen backbone, and as :meth:`predict`.
+        """
+        if not isinstance(self.head, Head) or self.head.neighbours:
+            raise UserError("only linear heads on frozen backbones can be explained")
+        size = self.head.hyperparameters.target_size
+        features = extract_features(
+            self.backbone, [image], size, preprocessing=self.preprocessing, cls_token=self.cls_token
+        )
+        chosen = int(logits(self.head, features)[0].argmax()) if label is None else label
+        if not 0 <= chosen < self.head.n_classes:
+            raise UserError(f"expected a label in 0..{self.head.n_classes - 1}, got {chosen}")
+        return explain(
+            self.head, features[0], tap_shapes(self.backbone), self.preprocessing.image_size, chosen,
+            str(self.classes[chosen]), self.cls_token,
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:

@@ -411,6 +411,39 @@ def predict(
 
 
 @app.command()
+def explain(
+    adapter: Annotated[str, typer.Argument(help="An adapter (.safetensors) of a frozen backbone.")],
+    image: Annotated[str, typer.Argument(help="An image file.")],
+    out: Annotated[str | None, typer.Option(help="A heat map over the image, .png.")] = None,
+    label: Annotated[str | None, typer.Option(help="Another class than the predicted one.")] = None,
+) -> None:
+    """Say what each tap adds to the logit of the predicted class, and draw where in the image it comes from."""
+    from h2t.adapter import Adapter
+    from h2t.images.preprocessing import decode
+    from h2t.images.source import EncodedImage
+
+    if out is not None and not out.endswith(".png"):
+        raise UserError(f"--out {out}: expected a name that ends with .png")
+    loaded = Adapter.load(adapter)
+    names = [str(name) for name in loaded.classes]
+    if label is not None and label not in names:
+        raise unknown("class", label, names)
+    found = loaded.explain(image, None if label is None else names.index(label))
+    table = _table("tap", "adds to the logit")
+    for tap, part in sorted(found.by_tap.items(), key=lambda pair: -abs(pair[1])):
+        table.add_row(tap, f"{part:+.3f}")
+    table.add_row("bias", f"{found.bias:+.3f}")
+    _print(table)
+    console.print(
+        f"{found.label}: logit {found.logit:.3f}, of which {found.heat.sum():+.3f} has a place in the image"
+    )
+    if out:
+        pixels = decode(EncodedImage(Path(image).read_bytes(), image))
+        found.picture(pixels).save(f"{out}.tmp", "png")
+        Path(f"{out}.tmp").replace(out)
+
+
+@app.command()
 def export(
     adapter: Annotated[str, typer.Argument(help="An adapter (.safetensors).")],
     destination: Annotated[str, typer.Argument(help="A name that ends with .onnx, or .safetensors.")],

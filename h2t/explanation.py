@@ -1,0 +1,115 @@
+"""Why a prediction: what each tap, and each place of the image, adds to a logit."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from h2t.backbones.pooling import ClassToken, window
+from h2t.features import keep_features
+from h2t.head2toe import Head
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The parts of one logit of a linear head: they add up to it.
+
+    ``label``: the class, by name where it has one; ``logit``; ``bias``; ``by_tap``: tap -> the sum of weight
+    times normalised feature over what is kept of it, in network order. ``heat``: float32 [S, S], the parts of
+    features that were pooled to windows, spread evenly over the pixels of their windows; its sum is that of
+    these parts, and ``placeless`` that of the others, such as means over all positions.
+    """
+
+    label: str
+    logit: float
+    bias: float
+    by_tap: dict[str, float]
+    heat: np.ndarray
+    placeless: float
+
+    def picture(self, pixels: np.ndarray) -> Image.Image:
+        """The image uint8 [height, width, 3] in grey, red where it speaks for the class and blue against."""
+        image = Image.fromarray(pixels).resize(self.heat.shape[::-1])
+        grey = np.asarray(image.convert("L"), np.float32)[:, :, None].repeat(3, 2)
+        scale = float(np.quantile(np.abs(self.heat), 0.99)) or 1.0
+        strength = np.clip(np.abs(self.heat) / scale, 0, 1)[:, :, None] * 0.7
+        colour = np.where(self.heat[:, :, None] > 0, np.float32([220, 30, 30]), np.float32([30, 60, 220]))
+        return Image.fromarray((grey * (1 - strength) + colour * strength).astype(np.uint8))
+
+
+def explain(
+    head: Head,
+    features: np.ndarray,
+    shapes: dict[str, tuple[int, ...]],
+    image_size: int,
+    label: int,
+    name: str,
+    cls_token: ClassToken = "normal",
+) -> Explanation:
+    """The parts of the logit of the class ``label`` for one image.
+
+    ``features`` float32 [n_features], raw; ``shapes``: of an image's activation at each tap of the head's
+    layout; ``image_size``: pixels a side of the heat map.
+    """
+    inputs = keep_features(features[None], head.layout, head.kept, raw=head.raw)[0]
+    parts = inputs * head.weight[:, label]
+    tap_of = head.layout.tap_of(head.kept)
+    by_tap: dict[str, float] = {}
+    heat = np.zeros((image_size, image_size), np.float32)
+    for tap in np.unique(tap_of):
+        tap_name, mine = head.layout.taps[tap], tap_of == tap
+        by_tap[tap_name] = float(parts[mine].sum())
+        column = head.kept[mine] - head.layout.offsets[tap]
+        heat += _spread(
+            parts[mine], column, shapes[tap_name], head.hyperparameters.target_size, cls_token, image_size
+        )
+    bias = float(head.bias[label])
+    total = sum(by_tap.values())
+    return Explanation(name, bias + total, bias, by_tap, heat, total - float(heat.sum(dtype=np.float64)))
+
+
+def _spread(
+    parts: np.ndarray,
+    columns: np.ndarray,
+    shape: tuple[int, ...],
+    target_size: int,
+    cls_token: ClassToken,
+    image_size: int,
+) -> np.ndarray:
+    """float32 [S, S]: parts of pooled features on the pixels of their windows; nothing of those without."""
+    nothing = np.zeros((image_size, image_size), np.float32)
+    if len(shape) == 1 or (len(shape) == 2 and cls_token == "only_cls"):
+        return nothing
+    if len(shape) == 3:
+        channels, height, width = shape
+        side = window(shape, target_size)
+        if not side:
+            return nothing
+        grid = np.zeros((height, width), np.float64)
+        rows, inside = height // side, width // side
+        sums = np.bincount(columns // channels, parts, minlength=rows * inside).reshape(rows, inside)
+        grid[: rows * side, : inside * side] = np.kron(sums, np.ones((side, side))) / side**2
+        return _enlarged(grid, image_size)
+    tokens, channels = shape
+    first = int(cls_token == "nopool_cls")
+    side = window((tokens - first, channels), target_size)
+    if not side:
+        return nothing
+    of_window = columns // channels - first  # -1: the class token by itself
+    n_windows = (tokens - first) // side
+    sums = np.bincount(of_window[of_window >= 0], parts[of_window >= 0], minlength=n_windows)
+    each = np.zeros(tokens)
+    each[first : first + n_windows * side] = np.repeat(sums, side) / side
+    squares = int(tokens**0.5)  # class and register tokens come first
+    return _enlarged(each[tokens - squares**2 :].reshape(squares, squares), image_size)
+
+
+def _enlarged(grid: np.ndarray, image_size: int) -> np.ndarray:
+    """The sum of the grid on the pixels of an image: each cell's on those whose centres it holds."""
+    rows = (np.arange(image_size) + 0.5) * grid.shape[0] // image_size
+    columns = (np.arange(image_size) + 0.5) * grid.shape[1] // image_size
+    row, column = rows.astype(int), columns.astype(int)
+    n_pixels = np.outer(
+        np.bincount(row, minlength=grid.shape[0]), np.bincount(column, minlength=grid.shape[1])
+    )
+    return (grid / np.maximum(n_pixels, 1))[np.ix_(row, column)].astype(np.float32)
