@@ -33,7 +33,8 @@ class Explanation:
         grey = np.asarray(image.convert("L"), np.float32)[:, :, None].repeat(3, 2)
         scale = float(np.quantile(np.abs(self.heat), 0.99)) or 1.0
         strength = np.clip(np.abs(self.heat) / scale, 0, 1)[:, :, None] * 0.7
-        colour = np.where(self.heat[:, :, None] > 0, np.float32([220, 30, 30]), np.float32([30, 60, 220]))
+        red, blue = np.array([[220, 30, 30], [30, 60, 220]], np.float32)
+        colour = np.where(self.heat[:, :, None] > 0, red, blue)
         return Image.fromarray((grey * (1 - strength) + colour * strength).astype(np.uint8))
 
 
@@ -109,7 +110,6 @@ def _enlarged(grid: np.ndarray, image_size: int) -> np.ndarray:
     rows = (np.arange(image_size) + 0.5) * grid.shape[0] // image_size
     columns = (np.arange(image_size) + 0.5) * grid.shape[1] // image_size
     row, column = rows.astype(int), columns.astype(int)
-    n_pixels = np.outer(
-        np.bincount(row, minlength=grid.shape[0]), np.bincount(column, minlength=grid.shape[1])
-    )
+    high, wide = (np.bincount(place, minlength=n) for place, n in zip((row, column), grid.shape, strict=True))
+    n_pixels = np.outer(high, wide)
     return (grid / np.maximum(n_pixels, 1))[np.ix_(row, column)].astype(np.float32)

@@ -417,7 +417,7 @@ def explain(
     out: Annotated[str | None, typer.Option(help="A heat map over the image, .png.")] = None,
     label: Annotated[str | None, typer.Option(help="Another class than the predicted one.")] = None,
 ) -> None:
-    """Say what each tap adds to the logit of the predicted class, and draw where in the image it comes from."""
+    """Say what each tap adds to the logit of the predicted class, and draw where it comes from."""
     from h2t.adapter import Adapter
     from h2t.images.preprocessing import decode
     from h2t.images.source import EncodedImage

@@ -31,6 +31,9 @@ START_S = 9.0  # of Ray on one machine
 STAGE_S = 6.0  # of the workers of one stage: they import torch and load what they need
 JOB_S = 0.35  # of one job of Tune
 RESULTS_S = 1.0  # of a task's small tables
+DRIVER_S = {"extract": 0.012, "evaluate": 0.012, "sweep": 0.06, "finetune": 0.06}
+"""What the driver alone takes for a unit of each stage, however many devices there are: Ray Data for a shard,
+Tune for a trial (`python -m tests.benchmarks.overhead`)."""
 CALIBRATION_IMAGES, CALIBRATION_STEPS = 24, 12
 MOST_TOGETHER = 16  # heads of a calibration
 
@@ -224,7 +227,8 @@ def _finetuned(facts: _Facts, rates: Rates) -> Iterator[StagePlan]:
 def seconds_on(stage: StagePlan, devices: int) -> float:
     """Wall time on so many devices: the work is cut into units, and no device has half of one."""
     rounds = math.ceil(stage.units / devices) / max(stage.units, 1)
-    return (stage.seconds - STAGE_S) * rounds + STAGE_S
+    driver = stage.units * DRIVER_S.get(stage.stage, 0.0)
+    return max((stage.seconds - STAGE_S) * rounds, driver) + STAGE_S
 
 
 def total_seconds(stages: Sequence[StagePlan], devices: int) -> float:

@@ -19,6 +19,7 @@ from h2t.hyperparameters import Hyperparameters
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (10, 40, 44, 3), np.uint8))
 
 
+@pytest.mark.filterwarnings("ignore:.*too small for a pooling window")
 @pytest.mark.parametrize(("name", "size"), [("test_resnet", 48), ("test_vit", 160)])
 @pytest.mark.parametrize("method", ["head2toe", "all_l2", "linear"])
 def test_parts_add_up_to_the_logit(name: str, size: int, method: str) -> None:

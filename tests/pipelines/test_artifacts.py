@@ -32,7 +32,8 @@ pytestmark = pytest.mark.usefixtures("cluster")
 OTHER_RESOURCES: dict[str, Any] = {
     "actors": 2, "gpus_per_actor": 0.0, "cpus_per_actor": 2, "gpus_per_trial": 0.0, "cpus_per_trial": 2,
     "concurrent_trials": 2, "points_per_trial": 3, "memory_per_trial_gb": 1.0, "shard_size": 7,
-    "images_per_forward": 3, "compile": True, "feature_compression": "zstd", "max_failures": 5, "no_progress_timeout_s": 60.0,
+    "images_per_forward": 3, "compile": True, "feature_compression": "zstd", "max_failures": 5,
+    "no_progress_timeout_s": 60.0,
 }  # fmt: skip
 
 

@@ -9,7 +9,10 @@ from h2t.costs import head_flops
 from h2t.hyperparameters import Hyperparameters
 from pipelines.plan import (
     DEVICES,
+    DRIVER_S,
+    STAGE_S,
     Rates,
+    StagePlan,
     bottleneck,
     calibrate,
     facts_of,
@@ -89,3 +92,9 @@ def test_a_recipe_whose_images_are_not_there_says_so(recipe: str) -> None:
 
     with pytest.raises(UserError, match="vtab-1k"):
         invoke("plan", recipe)
+
+
+def test_the_driver_sets_an_end_to_what_more_devices_gain() -> None:
+    stage = StagePlan("sweep", "trials", 1.0, 1.0, 10_000, 10_000 * 0.5 + STAGE_S)
+    assert seconds_on(stage, 1) == pytest.approx(5000 + STAGE_S)
+    assert seconds_on(stage, 512) == pytest.approx(10_000 * DRIVER_S["sweep"] + STAGE_S)
