@@ -7,11 +7,19 @@ if TYPE_CHECKING:
     from h2t.adapter import Adapter
     from h2t.backbones.loading import load_backbone
     from h2t.estimator import Head2ToeClassifier
-    from h2t.extraction import extract_features
+    from h2t.extraction import extract_features, write_features
     from h2t.features import FeatureLayout
     from h2t.head2toe import fit
 
-__all__ = ["Adapter", "FeatureLayout", "Head2ToeClassifier", "extract_features", "fit", "load_backbone"]
+__all__ = [
+    "Adapter",
+    "FeatureLayout",
+    "Head2ToeClassifier",
+    "extract_features",
+    "fit",
+    "load_backbone",
+    "write_features",
+]
 
 _MODULES = {
     "Adapter": "h2t.adapter",
@@ -20,6 +28,7 @@ _MODULES = {
     "extract_features": "h2t.extraction",
     "fit": "h2t.head2toe",
     "load_backbone": "h2t.backbones.loading",
+    "write_features": "h2t.extraction",
 }
 
 

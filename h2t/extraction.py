@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image as PillowImage
 
@@ -56,6 +58,47 @@ def _preprocessing(
     return Preprocessing(image_size, resize, mean, std)
 
 
+def write_features(
+    backbone: Backbone,
+    images: Iterable[AnyImage],
+    target_size: int,
+    destination: str | Path,
+    *,
+    preprocessing: Preprocessing | None = None,
+    cls_token: ClassToken = "normal",
+    batch_size: int = 50,
+) -> Path:
+    """Write raw features of any number of images as Parquet: a row each, ``index`` and a list per tap.
+
+    Memory holds one batch; the file appears whole or not at all. Raises as :func:`prepared_batches`.
+    """
+    images, destination = listed_images(images), Path(destination)
+    preprocessing = preprocessing or preprocessing_for(backbone)
+    weight = next(backbone.model.parameters())
+    layout = feature_layout(backbone, target_size, cls_token)
+    widths = zip(layout.taps, layout.widths, strict=True)
+    taps = [pa.field(tap, pa.list_(pa.float32(), width)) for tap, width in widths]
+    schema = pa.schema([pa.field("index", pa.int32()), *taps])
+    temporary = destination.with_name(f".tmp-{destination.name}")
+    try:
+        with (
+            TapReader(backbone, [target_size], cls_token) as reader,
+            pq.ParquetWriter(temporary, schema, use_dictionary=False, write_statistics=False) as writer,
+        ):
+            start = 0
+            for pixels in prepared_batches(images, preprocessing, batch_size):
+                batch = to_batch(pixels, preprocessing, weight.device, weight.dtype)
+                columns = [pa.array(range(start, start := start + len(pixels)), pa.int32())]
+                for values, field in zip(fetched(reader(batch)[target_size]), taps, strict=True):
+                    flat = pa.array(values.contiguous().numpy().reshape(-1))
+                    columns.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        temporary.replace(destination)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return destination
+
+
 def extract_features(
     backbone: Backbone,
     images: Iterable[AnyImage],
@@ -67,7 +110,8 @@ def extract_features(
 ) -> np.ndarray:
     """Raw features float32 [n, n_features] of images, in the order of ``feature_layout``.
 
-    For as many images as fit in memory; the pipelines stream the rest. Raises as :func:`prepared_batches`.
+    For as many images as fit in memory; :func:`write_features` streams the rest. Raises as
+    :func:`prepared_batches`.
     """
     images = listed_images(images)
     preprocessing = preprocessing or preprocessing_for(backbone)

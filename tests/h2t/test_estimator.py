@@ -1,8 +1,14 @@
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from h2t.adapter import Adapter
@@ -111,3 +117,45 @@ def test_images_through_a_backbone() -> None:
     classifier.fit(list(images), y)
     adapter = Adapter(backbone, classifier.head_)
     np.testing.assert_array_equal(adapter.predict(list(images)).labels, classifier.predict(list(images)))
+
+
+def test_one_fit_chooses_by_cross_validation_as_a_grid_search_would(digits, capsys) -> None:
+    X, y = digits
+    grid = {"learning_rate": (0.1, 0.01), "keep_fraction": (0.05, 0.8)}
+    classifier = Head2ToeClassifier(layout=LAYOUT, steps=100, cv=2, verbose=1, **grid).fit(X, y)
+    assert classifier.best_params_["keep_fraction"] == 0.8
+    assert len(classifier.cv_results_) == 4
+    assert classifier.best_score_ == max(classifier.cv_results_.values())
+    alone = clone(classifier).set_params(cv=None, verbose=0, **classifier.best_params_).fit(X, y)
+    np.testing.assert_array_equal(alone.head_.weight, classifier.head_.weight)
+    assert "fold 2 of 2: 4 candidates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"keep_fraction": (0.1, 0.2)}, "keep_fraction: expected one value, got 2"),
+        ({"keep_fraction": (), "cv": 2}, "keep_fraction: expected at least one value"),
+        ({"cv": 1}, "cross-validation needs at least 2 folds"),
+    ],
+)
+def test_candidates_that_cannot_be_searched_are_the_users(digits, parameters, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Head2ToeClassifier(**parameters).fit(*digits)
+
+
+def test_a_backbone_by_name_and_columns_of_paths_in_a_pipeline(tmp_path: Path) -> None:
+    random, y = np.random.default_rng(0), np.arange(24) % 2
+    for number, label in enumerate(y):
+        colour = np.array([[200, 40, 40], [40, 40, 200]])[label] + random.integers(-30, 30, (48, 48, 3))
+        Image.fromarray(colour.astype(np.uint8)).save(tmp_path / f"{number}.png")
+    paths = pd.DataFrame({"path": [str(tmp_path / f"{number}.png") for number in range(24)]})
+    # A name of a shipped backbone, whose real weights come with a package.
+    classifier = Head2ToeClassifier(backbone="efficientnet_lite0", image_size=64, target_size=32,
+                                    learning_rate=(0.1, 0.01), steps=20, cv=2)  # fmt: skip
+    model = make_pipeline(FunctionTransformer(), classifier)
+    assert cross_val_score(model, paths, y, cv=2, n_jobs=1).mean() > 0.9
+    model.fit(paths["path"].to_frame(), y)
+    assert (model.predict(paths) == y).mean() > 0.9
+    with pytest.raises(UserError, match="one column of images, got 2 columns"):
+        classifier.fit(paths.assign(more=1), y)
