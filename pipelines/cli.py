@@ -331,12 +331,12 @@ def taps(
 
 @app.command()
 def fit(
-    images: Annotated[str, typer.Argument(help="A folder: <class>/… or train/ and test/ of them.")],
+    images: Annotated[str, typer.Argument(help="A folder of <class>/…, or train/ and test/; or a table.")],
     backbone: Annotated[str, typer.Option(help="A preset, or any model of timm.")] = "efficientnet_lite0",
     out: Annotated[str | None, typer.Option(help="The adapter; default NAME.safetensors.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side.")] = None,
     format: Annotated[
-        str | None, typer.Option(help="folder, parquet or webdataset; default: by the files.")
+        str | None, typer.Option(help="folder, parquet, webdataset or table; default: by the files.")
     ] = None,
     weights: Annotated[str, typer.Option(help="float32, float16 or int8, of the saved head.")] = "float32",
     run_dir: RunDir = None,
@@ -353,6 +353,8 @@ def fit(
     out = out or f"{fitting.name_of(images)}.safetensors"
     if not out.endswith(".safetensors"):
         raise UserError(f"--out {out}: expected a name that ends with .safetensors")
+    for words in fitting.rare_classes(config):
+        console.print(words)
     run = RunDirectory(run_dir or f"runs/{config.name}")
     _run(config, run.uri, ["extract", "sweep", "evaluate"], address, tables=False)
     found = fitting.fitted(run)

@@ -17,11 +17,13 @@ from h2t.adapter import Adapter, WeightType, convert_head, load_head
 from h2t.backbones.loading import input_config
 from h2t.errors import UserError
 from h2t.images.formats import ROOTED
+from h2t.images.parquet import has_images
 from h2t.images.remote import list_files, list_folders, open_root
 from h2t.statistics import Estimate, accuracy_estimate, paired_difference
 from pipelines.config import Config
 from pipelines.recipe import apply_override, parse_config
 from pipelines.run_directory import RunDirectory
+from pipelines.task_data import open_task
 
 METHODS = ("linear", "head2toe")
 GRID = {
@@ -38,12 +40,18 @@ GRID = {
 def name_of(images: str) -> str:
     """A name for the task and its files: that of the folder or file."""
     last = re.split(r"[?]", images)[0].rstrip("/").rpartition("/")[2] or Path(images).resolve().name
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", last.removesuffix(".parquet")).strip("-.") or "images"
+    for ending in (".parquet", ".csv"):
+        last = last.removesuffix(ending)
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", last).strip("-.") or "images"
 
 
 def format_of(images: str) -> str:
     """The format of what lies at a path or URI, by the names of its files."""
     filesystem, path = open_root(images)
+    if path.lower().endswith(".csv"):
+        return "table"
+    if path.lower().endswith(".parquet") and not has_images(images, path):
+        return "table"
     names = [path, *list_files(filesystem, path, recursive=False)]
     for folder in list_folders(filesystem, path):
         names += list_files(filesystem, f"{path}/{folder}", recursive=False)
@@ -83,6 +91,26 @@ def recipe(
     for override in overrides:
         apply_override(data, override)
     return parse_config(data, images)
+
+
+def rare_classes(config: Config) -> list[str]:
+    """What cross-validation and the held-out images cannot say of classes with few images, in words."""
+    task = open_task(config, config.tasks[0].name)
+    source, _ = task.sources["train"]
+    names = source.class_names() or tuple(map(str, range(task.n_classes)))
+    train, test = (
+        np.bincount(labels[labels >= 0], minlength=len(names))
+        for labels in (task.labels["train"], task.labels["test"])
+    )
+    said = []
+    for name, n_train, n_test in zip(names, train.tolist(), test.tolist(), strict=True):
+        if n_train == 1:
+            said.append(f"{name} has 1 image to train on: no fold can train on it and be tested with it")
+        elif n_train < config.cross_validation.n_folds:
+            said.append(f"{name} has {n_train} images to train on, fewer than there are folds")
+        if n_test == 0:
+            said.append(f"{name} has no held-out image: it is no part of the held-out accuracy")
+    return said
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def _rows(source: FolderSource, split: SourceSplit) -> tuple[list[str], np.ndarr
         listed = _listed(source, f"{source.folder}/{getattr(source, split)}")
         return listed.paths, listed.labels
     listed = _listed(source, source.folder)
-    for_testing = _chosen_for_testing(listed.labels, source.test_fraction, source.seed)
+    for_testing = chosen_for_testing(listed.labels, source.test_fraction, source.seed)
     chosen = for_testing if split == "test" else ~for_testing
     return [listed.paths[row] for row in np.flatnonzero(chosen)], listed.labels[chosen]
 
@@ -227,7 +227,7 @@ def image_endings() -> frozenset[str]:
     return frozenset(ending for ending, format in readable if format in PillowImage.OPEN)
 
 
-def _chosen_for_testing(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def chosen_for_testing(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """bool [n]: of every class the rounded share of its images, at random."""
     generator = np.random.default_rng(seed)
     chosen = np.zeros(len(labels), dtype=bool)

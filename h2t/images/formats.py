@@ -11,6 +11,7 @@ from h2t.images.folder import open_folder
 from h2t.images.parquet import open_parquet
 from h2t.images.source import ImageSource
 from h2t.images.subset import arrange
+from h2t.images.table import open_table
 from h2t.images.vtab_archive import open_vtab1k
 from h2t.images.webdataset import open_webdataset
 from h2t.tasks import Task
@@ -42,6 +43,7 @@ FORMATS: dict[str, ImageFormat] = {
     "folder": ImageFormat(
         open_folder, "add images as {name}/train/<class>/ and {name}/test/<class>/", shuffle=0
     ),
+    "table": ImageFormat(open_table, "list the images of {name} in a .csv of paths and labels", shuffle=0),
     "webdataset": ImageFormat(
         open_webdataset,
         "add the shards of wds_vtab-{name} from a data set hub as {name}/train/ and {name}/test/",

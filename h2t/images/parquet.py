@@ -379,6 +379,16 @@ def image_column(root: str, path: str) -> tuple[str, int]:
         return _image_field(file.schema_arrow, path, "").name, file.metadata.num_rows
 
 
+def has_images(root: str, path: str) -> bool:
+    """Whether a Parquet file has a column of images. Raises UserError for another file."""
+    with _reading(root, path) as file:
+        try:
+            _image_field(file.schema_arrow, path, "")
+        except UserError:
+            return False
+    return True
+
+
 def stream_images(root: str, path: str) -> Iterator[EncodedImage]:
     """The images of a Parquet file in order, a few rows in memory at a time; paths count where no bytes are.
 

@@ -17,6 +17,7 @@ from h2t.errors import UserError
 from h2t.images.preprocessing import decode
 from h2t.images.source import EncodedImage
 from pipelines.cluster import Cluster
+from pipelines.fit import format_of
 from pipelines.recipe import parse_config
 from pipelines.run_directory import RunDirectory
 from pipelines.run_record import read_record
@@ -231,3 +232,42 @@ def test_an_image_of_a_parquet_file_may_lie_beside_it(fitted: Path, tmp_path: Pa
     adapter = str(fitted / "leaf.safetensors")
     assert invoke("predict", adapter, str(tmp_path / "rows.parquet"), "--out", str(out))[0] == 1
     assert len(pd.read_parquet(out)) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "format"),
+    [
+        (["a/1.png", "b/2.png"], "folder"),
+        (["train/x.tar"], "webdataset"),
+        (["train.parquet", "test.parquet"], "parquet"),
+        (["labels.csv"], "table"),
+        (["paths.parquet"], "table"),
+    ],
+)
+def test_the_format_is_known_by_the_files(tmp_path: Path, files: list[str], format: str) -> None:
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if name == "paths.parquet":
+            pq.write_table(pa.table({"path": ["a.png"], "label": [0]}), path)
+        else:
+            path.write_bytes(b"")
+    one = len(files) == 1 and format == "table"
+    assert format_of(str(tmp_path / files[0]) if one else str(tmp_path)) == format
+
+
+def test_a_class_with_one_image_takes_part(leaves: Path, cluster: Cluster, tmp_path: Path) -> None:
+    """It cannot be held out, and no fold can both train on it and be tested with it."""
+    rows = [(str(file), file.parent.name) for file in sorted(leaves.glob("*/*.png"))]
+    rows.append((str(leaves / "ant" / "0.png"), "dodo"))
+    pd.DataFrame(rows, columns=["path", "label"]).to_csv(tmp_path / "own.csv", index=False)
+    settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
+    status, shown = invoke(
+        "fit", str(tmp_path / "own.csv"), "--backbone", "test_resnet", "--image-size", "48",
+        "--out", str(tmp_path / "own.safetensors"), "--run-dir", str(tmp_path / "run"), *settings,
+    )  # fmt: skip
+    assert status == 0
+    assert Adapter.load(tmp_path / "own.safetensors").classes.tolist() == ["ant", "bee", "cat", "dodo"]
+    words = " ".join(shown.split())
+    assert "dodo has 1 image to train on: no fold can train on it and be tested with it" in words
+    assert "dodo has no held-out image" in words
