@@ -336,7 +336,7 @@ def fit(
     out: Annotated[str | None, typer.Option(help="The adapter; default NAME.safetensors.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side.")] = None,
     format: Annotated[
-        str | None, typer.Option(help="folder, parquet, webdataset or table; default: by the files.")
+        str | None, typer.Option(help="folder, parquet, webdataset, table …; default: by the files.")
     ] = None,
     weights: Annotated[str, typer.Option(help="float32, float16 or int8, of the saved head.")] = "float32",
     run_dir: RunDir = None,
@@ -384,11 +384,16 @@ def predict(
     files: Annotated[
         list[str], typer.Argument(metavar="ADAPTER… IMAGES…", help="Adapters (.safetensors), then images.")
     ],
-    out: Annotated[str | None, typer.Option(help="Where all rows go: .parquet or .csv.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Where all rows go: .parquet, .csv, or FOLDER/ for many images on Ray.")
+    ] = None,
     top: Annotated[int, typer.Option(help="Classes to name for each image.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a forward pass.")] = 50,
+    address: Address = None,
 ) -> None:
     """Predict images with saved adapters: files, folders, patterns, Parquet."""
+    from h2t.images.unlabelled import find_images
+    from pipelines.predict import check_options
     from pipelines.predict import predict as predict_images
 
     adapters = [file for file in files if file.endswith(".safetensors")]
@@ -398,13 +403,20 @@ def predict(
             f"expected adapters (.safetensors) and images, got {len(adapters)} adapters and {len(inputs)} "
             "places with images"
         )
-    shown, bad = predict_images(adapters, inputs, out, top, batch_size, console)
-    if out is None and len(shown):
-        table = _table(*map(str, shown.columns))
-        for row in shown.itertuples(index=False):
-            table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
-        _print(table)
-    elif out is not None and len(shown):
+    check_options(out, top)
+    found = find_images(inputs)
+    if out is not None and out.endswith("/"):
+        from pipelines.predict_many import predict_many
+
+        bad = predict_many(adapters, found, out, top, batch_size, console, address)
+    else:
+        shown, bad = predict_images(adapters, found, out, top, batch_size, console)
+        if out is None and len(shown):
+            table = _table(*map(str, shown.columns))
+            for row in shown.itertuples(index=False):
+                table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+            _print(table)
+    if out is not None:
         console.print(f"everything is in {out}")
     for error in bad:
         Console(stderr=True).print(f"cannot be read: {error}", markup=False, highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from h2t.adapter import Adapter, WeightType, convert_head, load_head
 from h2t.backbones.loading import input_config
 from h2t.errors import UserError
 from h2t.images.formats import ROOTED
+from h2t.images.huggingface import is_saved_dataset
 from h2t.images.parquet import has_images
 from h2t.images.remote import list_files, list_folders, open_root
 from h2t.statistics import Estimate, accuracy_estimate, paired_difference
@@ -52,6 +53,8 @@ def format_of(images: str) -> str:
         return "table"
     if path.lower().endswith(".parquet") and not has_images(images, path):
         return "table"
+    if is_saved_dataset(filesystem, path):
+        return "huggingface"
     names = [path, *list_files(filesystem, path, recursive=False)]
     for folder in list_folders(filesystem, path):
         names += list_files(filesystem, f"{path}/{folder}", recursive=False)

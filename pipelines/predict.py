@@ -27,7 +27,7 @@ from h2t.finetuning import TrainableModel, predict_logits
 from h2t.head2toe import Head
 from h2t.images.preprocessing import prepare, to_batch
 from h2t.images.source import BadImage, EncodedImage
-from h2t.images.unlabelled import find_images
+from h2t.images.unlabelled import ImageFiles
 from h2t.shared_pass import SharedPass
 from pipelines.progress import StageProgress
 from pipelines.run_directory import RunDirectory
@@ -151,19 +151,29 @@ def _rows(named: Named, names: list[str], probabilities: np.ndarray, top: int) -
     return pd.DataFrame(columns)
 
 
-def predict(
-    files: Sequence[str], inputs: Sequence[str], out: str | None, top: int, batch_size: int, console: Console
-) -> tuple[pd.DataFrame, list[BadImage]]:
-    """Predict images and write rows to ``out``; the first rows, and the images that cannot be decoded.
-
-    Raises UserError for files that are no adapters, places without images, and an ``out`` of another format.
-    """
-    if out is not None and not out.endswith(FORMATS):
-        raise UserError(f"--out {out}: expected a name that ends with {' or '.join(FORMATS)}")
+def check_options(out: str | None, top: int) -> None:
+    """Raise UserError for an ``out`` of another format and a ``top`` below 1."""
+    if out is not None and not out.endswith((*FORMATS, "/")):
+        raise UserError(
+            f"--out {out}: expected a name that ends with {' or '.join(FORMATS)}, or with / for a folder"
+        )
     if top < 1:
         raise UserError(f"--top {top}: expected 1 or more")
-    found = find_images(inputs)
-    shown, bad = pd.DataFrame(), []
+
+
+def predict(
+    files: Sequence[str],
+    found: Sequence[ImageFiles],
+    out: str | None,
+    top: int,
+    batch_size: int,
+    console: Console,
+) -> tuple[pd.DataFrame, list[str]]:
+    """Predict images and write rows to ``out``; the first rows, and which cannot be decoded, with the reason.
+
+    Raises UserError for files that are no adapters.
+    """
+    shown, bad = pd.DataFrame(), list[str]()
     with ExitStack() as opened:
         predictor = Predictor(load_adapters(files), opened)
         top = min(top, *(len(named.adapter.classes) for named in predictor.adapters))
@@ -171,7 +181,7 @@ def predict(
         total = sum(files.n_images for files in found)
         with StageProgress(console, "predict", total, "images") as progress:
             for rows, unreadable, count in predictions(predictor, chain(*found), top, batch_size):
-                bad += unreadable
+                bad += map(str, unreadable)
                 progress.advance(count)
                 if rows.empty:
                     continue

@@ -8,6 +8,7 @@ from typing import Any
 from h2t.errors import UserError, unknown
 from h2t.images.demo import open_bundled
 from h2t.images.folder import open_folder
+from h2t.images.huggingface import open_huggingface
 from h2t.images.parquet import open_parquet
 from h2t.images.source import ImageSource
 from h2t.images.subset import arrange
@@ -42,6 +43,9 @@ FORMATS: dict[str, ImageFormat] = {
     # Folders come sorted by class, which consecutive folds cannot use.
     "folder": ImageFormat(
         open_folder, "add images as {name}/train/<class>/ and {name}/test/<class>/", shuffle=0
+    ),
+    "huggingface": ImageFormat(
+        open_huggingface, "save the data set of {name} with save_to_disk of the library datasets", shuffle=0
     ),
     "table": ImageFormat(open_table, "list the images of {name} in a .csv of paths and labels", shuffle=0),
     "webdataset": ImageFormat(

@@ -9,7 +9,7 @@ from pyarrow.fs import FileType
 
 from h2t.errors import UserError
 from h2t.images.folder import image_endings
-from h2t.images.parquet import image_column, stream_images
+from h2t.images.parquet import has_images, image_column, stream_images
 from h2t.images.remote import list_files, open_root, read_files
 from h2t.images.source import EncodedImage
 
@@ -64,6 +64,8 @@ def _at(place: str) -> list[ImageFiles]:
     files = [name for name in paths if posixpath.splitext(name)[1].lower() in image_endings()]
     if info.type == FileType.File and not tables:
         files = paths  # whatever its name: what was named is tried
+    elif info.type != FileType.File:
+        tables = [name for name in tables if has_images(place, name)]  # predictions may lie there too
     found = [ImageFiles(place, tuple(files), len(files))] if files else []
     if tables:
         rows = sum(image_column(place, name)[1] for name in tables)

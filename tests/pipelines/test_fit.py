@@ -16,6 +16,7 @@ from h2t.adapter import Adapter
 from h2t.errors import UserError
 from h2t.images.preprocessing import decode
 from h2t.images.source import EncodedImage
+from pipelines import predict_many
 from pipelines.cluster import Cluster
 from pipelines.fit import format_of
 from pipelines.recipe import parse_config
@@ -271,3 +272,31 @@ def test_a_class_with_one_image_takes_part(leaves: Path, cluster: Cluster, tmp_p
     words = " ".join(shown.split())
     assert "dodo has 1 image to train on: no fold can train on it and be tested with it" in words
     assert "dodo has no held-out image" in words
+
+
+def test_many_images_are_predicted_part_by_part_and_a_stopped_run_goes_on(
+    fitted: Path, leaves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"junk")
+    columns = {"image": [file.read_bytes() for file in sorted((leaves / "ant").glob("*.png"))[:3]]}
+    pq.write_table(pa.table(columns), tmp_path / "some.parquet")
+    monkeypatch.setattr(predict_many, "PART", 20)
+    monkeypatch.setattr(predict_many.parts, "__defaults__", (20,))
+    adapter, places = str(fitted / "leaf.safetensors"), [str(leaves), str(tmp_path)]
+    one, many = tmp_path / "out" / "one.parquet", tmp_path / "out" / "many"
+    one.parent.mkdir()
+    assert invoke("predict", adapter, *places, "--out", str(one))[0] == 1
+    status, shown = invoke("predict", adapter, *places, "--out", f"{many}/")
+    assert status == 1
+    assert "bad.png: not an image" in shown
+    expected = pd.read_parquet(one)
+    rows = pd.read_parquet(many)
+    files = sorted(many.glob("*.parquet"))
+    assert len(files) == 5  # 45 images in three parts, the unreadable one, and the Parquet file
+    pd.testing.assert_frame_equal(rows, expected)
+    before = {file: file.stat().st_mtime_ns for file in files}
+    files[1].unlink()
+    assert invoke("predict", adapter, *places, "--out", f"{many}/")[0] == 1
+    after = {file: file.stat().st_mtime_ns for file in sorted(many.glob("*.parquet"))}
+    assert {file for file in after if after[file] != before[file]} == {files[1]}
+    pd.testing.assert_frame_equal(pd.read_parquet(many), expected)
