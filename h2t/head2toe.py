@@ -13,6 +13,7 @@ from h2t.errors import UserError, unknown
 from h2t.features import FeatureLayout, keep_features, unit_norm
 from h2t.heads.blocks import HeadStack
 from h2t.heads.neighbours import Neighbours, head_logits
+from h2t.heads.solution import Problem
 from h2t.heads.solvers import SOLVERS
 from h2t.heads.spec import HeadSpec, Normalization, Precision
 from h2t.heads.training import train_groups, train_stacks
@@ -285,7 +286,8 @@ def _solve_columns(
         members = list(group)
         solver = SOLVERS[str(METHODS[method].solver)]
         coefficients = [point.coefficient for point in members]
-        solutions = solver(inputs, labels, data.options["n_classes"], coefficients)
+        problem = Problem(inputs, labels, data.options["n_classes"], data.layout.of_kept(kept))
+        solutions = solver(problem, coefficients)
         for point, (weight, bias, neighbours) in zip(members, solutions, strict=True):
             loss = cross_entropy(head_logits(inputs, weight, bias, neighbours), labels)
             for seed in seeds:

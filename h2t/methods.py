@@ -71,6 +71,7 @@ METHODS: dict[str, Method] = {
         Method("all_knn", "+All-k-NN", "all", solver="knn", solver_coefficients=NEIGHBOURS),
         Method("all_ridge", "+All-Ridge", "all", solver="ridge"),
         Method("all_logistic", "+All-Logistic", "all", solver="logistic", solver_coefficients=LOGISTIC),
+        Method("tap_kernels", "Tap kernels", "all", solver="tap_kernels"),
         Method("all", "+All", "all"),
         Method("all_l2", "+All-l2", "all", "l2"),
         Method("all_l1", "+All-l1", "all", "l1"),

@@ -1,42 +1,28 @@
 """Heads that are solved for and not trained step by step: the baselines that readers will ask for.
 
-All are invariant under rotations of the features. So with more features than rows, which always lie in a
-space of as many dimensions as there are rows, they are solved there, exactly, and cost seconds.
+All but those on tap kernels are invariant under rotations of the features. So with more features than rows,
+which always lie in a space of as many dimensions as there are rows, they are solved there, exactly, and cost
+seconds.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from h2t.heads.neighbours import Neighbours
+from h2t.heads.solution import ABSENT, Problem, Solution
+from h2t.heads.tap_kernels import tap_kernels
 
-ABSENT = -100.0  # the bias of a class without training rows, which is then never predicted
-
-
-class Solution(NamedTuple):
-    """Weights float32 [n_features, n_classes] and biases float32 [n_classes].
-
-    Of ``neighbours`` there are as many columns as training rows in place of the classes.
-    """
-
-    weight: np.ndarray
-    bias: np.ndarray
-    neighbours: Neighbours | None = None
-
-
-Solver = Callable[[np.ndarray, np.ndarray, int, Sequence[float]], Iterator[Solution]]
-"""From features float32 [n, n_features], labels integer [n], the number of classes and coefficients to a
-solution for each coefficient, in their order."""
+Solver = Callable[[Problem, Sequence[float]], Iterator[Solution]]
+"""From a problem and coefficients to a solution for each coefficient, in their order."""
 
 RIDGE_COEFFICIENTS = tuple(10.0**power for power in range(-6, 6))
 
 
-def prototypes(
-    features: np.ndarray, labels: np.ndarray, n_classes: int, coefficients: Sequence[float]
-) -> Iterator[Solution]:
+def prototypes(problem: Problem, coefficients: Sequence[float]) -> Iterator[Solution]:
     """Nearest class mean: the class whose mean of the features is the nearest (Euclidean)."""
+    features, labels, n_classes, _ = problem
     weight = np.zeros((features.shape[1], n_classes), np.float32)
     bias = np.full(n_classes, ABSENT, np.float32)
     for label in np.unique(labels):
@@ -46,13 +32,12 @@ def prototypes(
         yield Solution(weight, bias)
 
 
-def ridge(
-    features: np.ndarray, labels: np.ndarray, n_classes: int, coefficients: Sequence[float]
-) -> Iterator[Solution]:
+def ridge(problem: Problem, coefficients: Sequence[float]) -> Iterator[Solution]:
     """Ridge regression of the one-hot labels; exact leave-one-out errors choose the penalty.
 
     Of ``RIDGE_COEFFICIENTS``: each stated coefficient would be one more choice, which nothing needs.
     """
+    features, labels, n_classes, _ = problem
     from sklearn.linear_model import RidgeCV
 
     rotated, axes = _rotated(features)
@@ -63,13 +48,12 @@ def ridge(
         yield _solution(axes, model.coef_, model.intercept_, present)
 
 
-def logistic(
-    features: np.ndarray, labels: np.ndarray, n_classes: int, coefficients: Sequence[float]
-) -> Iterator[Solution]:
+def logistic(problem: Problem, coefficients: Sequence[float]) -> Iterator[Solution]:
     """Multinomial logistic regression with the penalty coefficient / 2 · ΣW² on the summed loss, by L-BFGS.
 
     Each coefficient starts from zero, so that it gives the same whichever others are tried.
     """
+    features, labels, n_classes, _ = problem
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -89,13 +73,12 @@ def logistic(
         yield _solution(axes, weights, biases, present)
 
 
-def nearest_neighbours(
-    features: np.ndarray, labels: np.ndarray, n_classes: int, coefficients: Sequence[float]
-) -> Iterator[Solution]:
+def nearest_neighbours(problem: Problem, coefficients: Sequence[float]) -> Iterator[Solution]:
     """Votes of the training rows of the largest cosine; a coefficient is their number k (at least 1).
 
     Rows have unit norm per tap, so that one factor makes cosines of the products.
     """
+    features, labels, n_classes, _ = problem
     norms = np.linalg.norm(features, axis=1)
     scale = norms * norms.max(initial=0.0)
     weight = np.ascontiguousarray((features / np.where(scale > 0, scale, 1.0)[:, None]).T, np.float32)
@@ -109,6 +92,7 @@ SOLVERS: dict[str, Solver] = {
     "ridge": ridge,
     "logistic": logistic,
     "knn": nearest_neighbours,
+    "tap_kernels": tap_kernels,
 }
 
 
