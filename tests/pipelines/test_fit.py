@@ -257,6 +257,7 @@ def test_the_format_is_known_by_the_files(tmp_path: Path, files: list[str], form
     assert format_of(str(tmp_path / files[0]) if one else str(tmp_path)) == format
 
 
+@pytest.mark.slow
 def test_a_class_with_one_image_takes_part(leaves: Path, cluster: Cluster, tmp_path: Path) -> None:
     """It cannot be held out, and no fold can both train on it and be tested with it."""
     rows = [(str(file), file.parent.name) for file in sorted(leaves.glob("*/*.png"))]
