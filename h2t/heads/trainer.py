@@ -131,10 +131,10 @@ class HeadTrainer:
     def _make_buffers(self, largest: int) -> None:
         n_class_rows = self.n_heads * self.n_classes
         lengths = self.batches.lengths
-        # The kernel's own corrections of the moments are 1 from here on; `_set_rate` makes them instead.
-        self.count = self._zeros().fill_(1e6)
+        self.count = self._zeros()
         # In the precision in which the kernel of the device reads it.
         self.step_rate = self._zeros(dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+        self.epsilon = EPSILON
         self.bias_gradient = self._zeros(_whole_vectors(n_class_rows))
         self.gradient, self.spare = self._zeros(largest), self._zeros(largest)
         self.norms = self._zeros(largest // self.n_classes)
@@ -217,13 +217,22 @@ class HeadTrainer:
         self._graphs[batch].replay()
 
     def _set_rate(self, step: int) -> None:
-        """The step size of Adam with cosine decay to zero, as Keras, which the official code uses, has it.
+        """Set what differs from step to step: Adam with cosine decay to zero.
 
-        That is lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(s) + eps), where PyTorch has
-        lr / (1 - b1^t) * m / (sqrt(s / (1 - b2^t)) + eps).
+        Keras, which the official code uses, subtracts, with b1, b2 for beta^t,
+        lr * sqrt(1 - b2) / (1 - b1) * m / (sqrt(s) + eps); this kernel, ``torch.optim.Adam(fused=True)``'s,
+        lr / (1 - b1) * m / (sqrt(s / (1 - b2)) + eps). Dividing eps by sqrt(1 - b2) makes the two equal. A
+        recorded launch keeps its eps: so on a GPU the kernel's b1 and b2 are 0, and lr has all of Keras's.
         """
         decay = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        self.step_rate.fill_(decay * math.sqrt(1 - BETA2 ** (step + 1)) / (1 - BETA1 ** (step + 1)))
+        root = math.sqrt(1 - BETA2 ** (step + 1))
+        if self.device.type == "cpu":
+            self.count.fill_(step + 1)
+            self.step_rate.fill_(decay)
+            self.epsilon = EPSILON / root
+        else:
+            self.count.fill_(1e6)
+            self.step_rate.fill_(decay * root / (1 - BETA1 ** (step + 1)))
 
     def _train_on(self, batch: int) -> None:
         following = (batch + 1) % len(self.batches.samples)
@@ -250,7 +259,7 @@ class HeadTrainer:
         weight, moment, square = state
         torch._fused_adam_(
             [weight], [gradient], [moment], [square], [], [self.count],
-            lr=self.step_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0, amsgrad=False,
+            lr=self.step_rate, beta1=BETA1, beta2=BETA2, eps=self.epsilon, weight_decay=0.0, amsgrad=False,
             maximize=False,
         )  # fmt: skip
 
