@@ -84,19 +84,21 @@ def test_running_again_does_nothing_and_says_so(
     "kind", ["features", "trials", "chosen", "heads", "predictions", "results", "kept", "manifests"]
 )
 def test_a_deleted_file_is_made_again_and_nothing_else(
-    finished: RunDirectory, images: Path, kind: str
+    finished: RunDirectory, images: Path, tmp_path: Path, kind: str
 ) -> None:
-    before, rows = digests(finished), result_rows(finished)
+    run = RunDirectory(str(tmp_path / "run"))  # a copy: the status of the other says what its own run did
+    shutil.copytree(finished.uri, run.uri)
+    before, rows = digests(run), result_rows(run)
     victim = next(
-        name for name in finished.names(kind, recursive=True) if name.endswith(("parquet", "tensors", "json"))
+        name for name in run.names(kind, recursive=True) if name.endswith(("parquet", "tensors", "json"))
     )
-    times = {path: path.stat().st_mtime_ns for path in Path(finished.uri).rglob("*.parquet")}
-    (Path(finished.uri) / victim).unlink()
-    run_all(small_config(images), finished)
-    assert digests(finished) == before
-    pd.testing.assert_frame_equal(result_rows(finished), rows)
+    times = {path: path.stat().st_mtime_ns for path in Path(run.uri).rglob("*.parquet")}
+    (Path(run.uri) / victim).unlink()
+    run_all(small_config(images), run)
+    assert digests(run) == before
+    pd.testing.assert_frame_equal(result_rows(run), rows)
     rewritten = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
-    parts = {path.relative_to(finished.uri).parts[0] for path in rewritten}
+    parts = {path.relative_to(run.uri).parts[0] for path in rewritten}
     assert parts - {"report"} <= {kind}
 
 

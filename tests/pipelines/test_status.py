@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 import time
 from pathlib import Path
@@ -75,10 +74,7 @@ def test_the_command_shows_a_finished_run(finished: RunDirectory) -> None:
     assert code == 0
     for stage in ("extract", "sweep", "heads", "evaluate"):
         assert stage in shown
-    # Of all images, or of those that another test of this run had made again.
-    done = re.search(r"(\d+) of (\d+) images", shown)
-    assert done is not None
-    assert done[1] == done[2]
+    assert "50 of 50 images" in shown
     assert "No driver is at work." in shown
 
 
