@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image as PillowImage
 from pyarrow.fs import FileSystem, FileType
 
-from h2t.errors import UserError
+from h2t.images.held_out import HeldOut
 from h2t.images.identity import content_identity
 from h2t.images.lossy import describe_encoding
 from h2t.images.remote import (
@@ -42,8 +42,7 @@ class FolderSource(FileSource):
     root: str
     folder: str  # within the root's file system
     task: Task
-    test_fraction: float
-    seed: int
+    held_out: HeldOut
     train: str = "train"  # the splits' folders
     test: str = "test"
 
@@ -79,11 +78,7 @@ class FolderSource(FileSource):
         """Root, and how the test images were chosen."""
         paths = _rows(self, "train")[0][:1]
         encoding = describe_encoding(b"".join(read_files(open_root(self.root)[0], paths)), self.task)
-        rule = (
-            f"{self.train}/ and {self.test}/"
-            if _has_splits(self)
-            else f"{self.test_fraction} for testing, seed {self.seed}"
-        )
+        rule = f"{self.train}/ and {self.test}/" if _has_splits(self) else str(self.held_out)
         return {
             "source": "folder",
             "root": self.root,
@@ -123,15 +118,12 @@ def open_folder(
         SourceUnavailable: nothing there, or folders of splits under other names.
         UserError: a share outside (0, 1), a negative seed, or a file name that is not UTF-8.
     """
-    if not 0 < test_fraction < 1:
-        raise UserError(f"test_fraction: expected a number between 0 and 1, got {test_fraction}")
-    if seed < 0:
-        raise UserError(f"seed: expected 0 or more, got {seed}")
+    held_out = HeldOut(test_fraction, seed)
     root = require_root(root, task, _LAYOUT)
     filesystem, base = open_root(root)
     folder = base if train in list_folders(filesystem, base) else task_folder(root, task) or base
     _refuse_other_splits(filesystem, folder, train, test)
-    source = FolderSource(root, folder, task, test_fraction, seed, train, test)
+    source = FolderSource(root, folder, task, held_out, train, test)
     if not any(_rows(source, split)[0] for split in _splits(source)):
         raise SourceUnavailable(f"no folders of classes with images in {folder}: expected {_LAYOUT}")
     return source
@@ -187,9 +179,8 @@ def _rows(source: FolderSource, split: SourceSplit) -> tuple[list[str], np.ndarr
         listed = _listed(source, f"{source.folder}/{getattr(source, split)}")
         return listed.paths, listed.labels
     listed = _listed(source, source.folder)
-    for_testing = chosen_for_testing(listed.labels, source.test_fraction, source.seed)
-    chosen = for_testing if split == "test" else ~for_testing
-    return [listed.paths[row] for row in np.flatnonzero(chosen)], listed.labels[chosen]
+    chosen = source.held_out.rows(listed.labels, split)
+    return [listed.paths[row] for row in chosen], listed.labels[chosen]
 
 
 @dataclass(frozen=True)
@@ -225,13 +216,3 @@ def image_endings() -> frozenset[str]:
     """Endings of the files that Pillow reads, in lower case and with the dot."""
     readable = PillowImage.registered_extensions().items()
     return frozenset(ending for ending, format in readable if format in PillowImage.OPEN)
-
-
-def chosen_for_testing(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """bool [n]: of every class the rounded share of its images, at random."""
-    generator = np.random.default_rng(seed)
-    chosen = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        chosen[generator.permutation(rows)[: round(fraction * len(rows))]] = True
-    return chosen

@@ -5,14 +5,15 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from pyarrow.fs import FileSystem, FileType, LocalFileSystem
 
 from h2t.errors import UserError, unknown
-from h2t.images.folder import chosen_for_testing
+from h2t.images.columns import find_column
+from h2t.images.held_out import HeldOut
 from h2t.images.identity import content_identity
 from h2t.images.lossy import describe_encoding
 from h2t.images.remote import open_root, read_text, require_root
@@ -21,8 +22,7 @@ from h2t.tasks import Task
 
 _LAYOUT = "a folder that `save_to_disk` of the library datasets has written"
 STATE, SPLITS = "state.json", "dataset_dict.json"
-_IMAGE_COLUMNS = ("image", "img", "image_bytes")
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
+_COLUMNS = {"image": ("image", "img", "image_bytes"), "label": ("label", "labels", "fine_label", "cls")}
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class SavedDatasetSource(FileSource):
     task: Task
     image: str
     label: str
-    test_fraction: float
-    seed: int
+    held_out: HeldOut
     train: str
     test: str
 
@@ -49,7 +48,7 @@ class SavedDatasetSource(FileSource):
     def read(self, split: SourceSplit, rows: Sequence[int]) -> list[Image]:
         """Image bytes as stored."""
         listed = _rows(self, split)
-        column = listed.table[_column(self, listed.table, self.image, _IMAGE_COLUMNS, "image")]
+        column = listed.table[_column(self, listed.table, "image")]
         stored = [column[int(listed.place[row])].as_py() or {} for row in rows]
         return [
             EncodedImage(value.get("bytes") or b"", self.name(split, row))
@@ -69,7 +68,7 @@ class SavedDatasetSource(FileSource):
     def class_names(self) -> tuple[str, ...]:
         """The names that the library has written."""
         table = _rows(self, "train").table
-        label = _column(self, table, self.label, _LABEL_COLUMNS, "label")
+        label = _column(self, table, "label")
         written = (table.schema.metadata or {}).get(b"huggingface", b"{}")
         try:
             names = json.loads(written)["info"]["features"][label]["names"]
@@ -81,12 +80,11 @@ class SavedDatasetSource(FileSource):
         """The folder, and how the test images were chosen."""
         first = self.read("train", [0]) if len(self.labels("train")) else []
         data = b"".join(image.data for image in first if isinstance(image, EncodedImage))
-        cut = f"{self.test_fraction} for testing, seed {self.seed}"
         return {
             "source": "huggingface",
             "root": self.root,
             "encoding": describe_encoding(data, self.task),
-            "rows": cut if _splits(self) is None else f"{self.train}/ and {self.test}/",
+            "rows": str(self.held_out) if _splits(self) is None else f"{self.train}/ and {self.test}/",
             "licence": self.task.licence,
         }
 
@@ -123,13 +121,12 @@ def open_huggingface(
         SourceUnavailable: nothing there, or no such data set.
         UserError: a split or column that is not there.
     """
-    if not 0 < test_fraction < 1:
-        raise UserError(f"test_fraction: expected a number between 0 and 1, got {test_fraction}")
+    held_out = HeldOut(test_fraction, seed)
     root = require_root(root, task, _LAYOUT)
     filesystem, folder = open_root(root)
     if not is_saved_dataset(filesystem, folder):
         raise SourceUnavailable(f"no {STATE} or {SPLITS} in {folder}: expected {_LAYOUT}")
-    source = SavedDatasetSource(root, folder, task, image, label, test_fraction, seed, train, test)
+    source = SavedDatasetSource(root, folder, task, image, label, held_out, train, test)
     _rows(source, "train")
     return source
 
@@ -170,14 +167,13 @@ def _rows(source: SavedDatasetSource, split: SourceSplit) -> _Rows:
     if indices := state.get("_indices_files"):
         chosen = _read(filesystem, folder, [file["filename"] for file in indices])
         place = chosen["indices"].to_numpy().astype(np.int64)
-    column = table[_column(source, table, source.label, _LABEL_COLUMNS, "label")]
+    column = table[_column(source, table, "label")]
     if not pa.types.is_integer(column.type):
         raise UserError(f"the labels of {folder} are {column.type}: expected whole numbers")
     stored = column.cast(pa.int64()).fill_null(-1).to_numpy()[place]
     labels = np.where((stored < 0) | (stored > np.iinfo(np.int32).max), -1, stored).astype(np.int32)
     if splits is None:
-        for_testing = chosen_for_testing(labels, source.test_fraction, source.seed)
-        part = for_testing if split == "test" else ~for_testing
+        part = source.held_out.rows(labels, split)
         place, labels = place[part], labels[part]
     return _Rows(folder, table, place, labels)
 
@@ -211,13 +207,6 @@ def _read(filesystem: FileSystem, folder: str, names: Sequence[str]) -> pa.Table
     return pa.concat_tables(tables)
 
 
-def _column(source: SavedDatasetSource, table: pa.Table, stated: str, usual: Sequence[str], kind: str) -> str:
-    if stated and stated not in table.column_names:
-        raise unknown(f"column of {source.folder}", stated, table.column_names)
-    found = stated or next((name for name in usual if name in table.column_names), "")
-    if not found:
-        raise UserError(
-            f"{source.folder} has the columns {', '.join(table.column_names)}: expected one of "
-            f"{', '.join(usual)}; or say which with images.options.{kind}"
-        )
-    return found
+def _column(source: SavedDatasetSource, table: pa.Table, option: Literal["image", "label"]) -> str:
+    stated = getattr(source, option)
+    return find_column(table.column_names, source.folder, stated, _COLUMNS[option], option)

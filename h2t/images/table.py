@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileType
 
 from h2t.errors import UserError, unknown
-from h2t.images.folder import chosen_for_testing
+from h2t.images.columns import find_column
+from h2t.images.held_out import HeldOut
 from h2t.images.identity import content_identity
 from h2t.images.lossy import describe_encoding
 from h2t.images.remote import natural_order, open_root, read_files, require_root
@@ -38,8 +39,7 @@ class TableSource(FileSource):
     task: Task
     image: str
     label: str
-    test_fraction: float
-    seed: int
+    held_out: HeldOut
     train: str
     test: str
 
@@ -74,13 +74,11 @@ class TableSource(FileSource):
     def provenance(self) -> dict[str, str]:
         """The file, and how the test images were chosen."""
         first = read_files(open_root(self.root)[0], _rows(self, "train").paths[:1])
-        stated = _table(self).split is not None
-        rule = "column split" if stated else f"{self.test_fraction} for testing, seed {self.seed}"
         return {
             "source": "table",
             "root": self.root,
             "encoding": describe_encoding(b"".join(first), self.task),
-            "rows": rule,
+            "rows": str(self.held_out) if _table(self).split is None else "column split",
             "licence": self.task.licence,
         }
 
@@ -116,13 +114,12 @@ def open_table(
         UserError: a file that is no table, a column that is not there, a share outside (0, 1), and labels
             that are neither whole numbers nor text.
     """
-    if not 0 < test_fraction < 1:
-        raise UserError(f"test_fraction: expected a number between 0 and 1, got {test_fraction}")
+    held_out = HeldOut(test_fraction, seed)
     root = require_root(root, task, _LAYOUT, may_be_file=True)
     filesystem, path = open_root(root)
     if filesystem.get_file_info(path).type != FileType.File:
         raise SourceUnavailable(f"the images of {task.name}: {root} is a folder, expected {_LAYOUT}")
-    source = TableSource(root, path, task, image, label, test_fraction, seed, train, test)
+    source = TableSource(root, path, task, image, label, held_out, train, test)
     _rows(source, "train")
     return source
 
@@ -145,14 +142,13 @@ class _Rows:
 def _rows(source: TableSource, split: SourceSplit) -> _Rows:
     table = _table(source)
     if table.split is None:
-        for_testing = chosen_for_testing(table.labels, source.test_fraction, source.seed)
-        chosen = for_testing if split == "test" else ~for_testing
+        chosen = source.held_out.rows(table.labels, split)
     else:
         wanted = getattr(source, split)
-        chosen = table.split == wanted
-        if not chosen.any():
+        chosen = np.flatnonzero(table.split == wanted)
+        if not len(chosen):
             raise unknown(f"split of {source.file}", wanted, sorted(set(table.split.tolist())))
-    return _Rows(tuple(table.paths[row] for row in np.flatnonzero(chosen)), table.labels[chosen])
+    return _Rows(tuple(table.paths[row] for row in chosen), table.labels[chosen])
 
 
 @lru_cache(maxsize=32)
@@ -167,25 +163,14 @@ def _table(source: TableSource) -> _Table:
             )
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{source.file} cannot be read as a table: {error}; expected {_LAYOUT}") from error
-    image = _column(source, table, source.image, _PATH_COLUMNS, "image")
-    label = _column(source, table, source.label, _LABEL_COLUMNS, "label")
+    names = table.column_names
+    image = find_column(names, source.file, source.image, _PATH_COLUMNS, "image")
+    label = find_column(names, source.file, source.label, _LABEL_COLUMNS, "label")
     folder = posixpath.dirname(source.file)
     paths = tuple(posixpath.join(folder, str(path or "")) for path in table[image].to_pylist())
-    labels, names = _labels(table[label], f"column '{label}' of {source.file}")
-    split = np.array(table["split"].to_pylist(), object) if "split" in table.column_names else None
-    return _Table(paths, labels, names, split)
-
-
-def _column(source: TableSource, table: pa.Table, stated: str, usual: Sequence[str], kind: str) -> str:
-    if stated and stated not in table.column_names:
-        raise unknown(f"column of {source.file}", stated, table.column_names)
-    found = stated or next((name for name in usual if name in table.column_names), "")
-    if not found:
-        raise UserError(
-            f"{source.file} has the columns {', '.join(table.column_names)}: expected one of "
-            f"{', '.join(usual)}; or say which with images.options.{kind}"
-        )
-    return found
+    labels, classes = _labels(table[label], f"column '{label}' of {source.file}")
+    split = np.array(table["split"].to_pylist(), object) if "split" in names else None
+    return _Table(paths, labels, classes, split)
 
 
 def _labels(column: pa.ChunkedArray, origin: str) -> tuple[np.ndarray, tuple[str, ...]]:
