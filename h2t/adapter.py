@@ -148,6 +148,12 @@ def convert_head(
     )
 
 
+def class_names(data: bytes) -> list[str]:
+    """The names of a saved head's classes, numbers where it has none. Raises ValueError for no head."""
+    classes = read_metadata(data)[ENTRY]["classes"]
+    return [str(name) for name in (range(classes) if isinstance(classes, int) else classes)]
+
+
 def load_head(source: bytes | BinaryIO | str | Path) -> tuple[Head, dict[str, str]]:
     """Read a head and its provenance. Raises UserError on anything that is not a whole, consistent head."""
     name, data = _read(source)

@@ -13,13 +13,13 @@ Appendix B leaves its constants out. These reproduce every printed digit of Tabl
   fine-tuned model is its backbone and a head on its embedding.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from h2t.backbones.loading import Backbone
-from h2t.backbones.tap_reader import TapReader, feature_layout
+from h2t.backbones.tap_reader import feature_layout, look_at_taps
 from h2t.methods import METHODS, Method
 
 BYTES_PER_WEIGHT = 4
@@ -129,15 +129,5 @@ def _parameters(model: torch.nn.Module) -> int:
 
 def flops_up_to(backbone: Backbone) -> dict[str, int]:
     """Per tap, the operations of a forward pass of one image that ends with it, by PyTorch's counter."""
-    weight = next(backbone.model.parameters())
-    size = backbone.image_size
-    image = torch.zeros((1, 3, size, size), device=weight.device, dtype=weight.dtype)
-    found: dict[str, int] = {}
-    for tap in backbone.taps:
-        with (
-            TapReader(replace(backbone, taps=(tap,)), [1]) as reader,
-            FlopCounterMode(display=False) as counter,
-        ):
-            reader(image)
-        found[tap.name] = counter.get_total_flops()
-    return found
+    with FlopCounterMode(display=False) as counter:
+        return look_at_taps(backbone, lambda activation: counter.get_total_flops())

@@ -60,13 +60,10 @@ class _FrozenWithHead(nn.Module):
             raise UserError("nearest neighbours cannot be exported: expected a head with weights")
         names = head.taps_read()
         self.head, self.backbone = head.restricted(names), adapter.backbone.model
-        taps = tuple(tap for tap in adapter.backbone.taps if tap.name in names)
         self.size = head.hyperparameters.target_size
         # As a graph, which ends with the last tap because nothing asks for what comes after it.
-        self.reader = TapReader(
-            type(adapter.backbone)(**{**vars(adapter.backbone), "taps": taps}),
-            [self.size], adapter.cls_token, compiled=True,
-        )  # fmt: skip
+        needed = adapter.backbone.only(names)
+        self.reader = TapReader(needed, [self.size], adapter.cls_token, compiled=True)
         self.register_buffer("kept", torch.from_numpy(self.head.kept).to(adapter.device))
         self.register_buffer("weight", torch.from_numpy(self.head.weight).to(adapter.device))
         self.register_buffer("bias", torch.from_numpy(self.head.bias).to(adapter.device))

@@ -16,6 +16,7 @@ from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import TapReader, feature_layout
 from h2t.device import fetched
 from h2t.errors import UserError, unknown
+from h2t.feature_columns import tap_columns, tap_fields
 from h2t.images.preprocessing import Preprocessing, Resize, prepare, rgb_pixels, to_batch
 from h2t.images.source import EncodedImage, Image
 
@@ -73,26 +74,16 @@ def write_features(
     Memory holds one batch; the file appears whole or not at all. Raises as :func:`prepared_batches`.
     """
     images, destination = listed_images(images), Path(destination)
-    preprocessing = preprocessing or preprocessing_for(backbone)
-    weight = next(backbone.model.parameters())
+    batches = _feature_batches(backbone, images, target_size, preprocessing, cls_token, batch_size)
     layout = feature_layout(backbone, target_size, cls_token)
-    widths = zip(layout.taps, layout.widths, strict=True)
-    taps = [pa.field(tap, pa.list_(pa.float32(), width)) for tap, width in widths]
-    schema = pa.schema([pa.field("index", pa.int32()), *taps])
+    schema = pa.schema([pa.field("index", pa.int32(), nullable=False), *tap_fields(layout)])
     temporary = destination.with_name(f".tmp-{destination.name}")
     try:
-        with (
-            TapReader(backbone, [target_size], cls_token) as reader,
-            pq.ParquetWriter(temporary, schema, use_dictionary=False, write_statistics=False) as writer,
-        ):
+        with pq.ParquetWriter(temporary, schema, use_dictionary=False, write_statistics=False) as writer:
             start = 0
-            for pixels in prepared_batches(images, preprocessing, batch_size):
-                batch = to_batch(pixels, preprocessing, weight.device, weight.dtype)
-                columns = [pa.array(range(start, start := start + len(pixels)), pa.int32())]
-                for values, field in zip(fetched(reader(batch)[target_size]), taps, strict=True):
-                    flat = pa.array(values.contiguous().numpy().reshape(-1))
-                    columns.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+            for taps in batches:
+                index = pa.array(range(start, start := start + len(taps[0])), pa.int32())
+                writer.write_table(pa.Table.from_arrays([index, *tap_columns(taps, layout)], schema=schema))
         temporary.replace(destination)
     finally:
         temporary.unlink(missing_ok=True)
@@ -114,17 +105,28 @@ def extract_features(
     :func:`prepared_batches`.
     """
     images = listed_images(images)
-    preprocessing = preprocessing or preprocessing_for(backbone)
-    batches = prepared_batches(images, preprocessing, batch_size)
-    weight = next(backbone.model.parameters())
     width = feature_layout(backbone, target_size, cls_token).n_features
     features = np.empty((len(images), width), dtype=np.float32)
-    with TapReader(backbone, [target_size], cls_token) as reader:
-        for number, pixels in enumerate(batches):
-            batch = to_batch(pixels, preprocessing, weight.device, weight.dtype)
-            taps = reader(batch)[target_size]
-            features[number * batch_size :][: len(pixels)] = fetched([torch.cat(taps, 1)])[0].numpy()
+    batches = _feature_batches(backbone, images, target_size, preprocessing, cls_token, batch_size)
+    for number, taps in enumerate(batches):
+        features[number * batch_size :][: len(taps[0])] = fetched([torch.cat(taps, 1)])[0].numpy()
     return features
+
+
+def _feature_batches(
+    backbone: Backbone,
+    images: list[AnyImage],
+    target_size: int,
+    preprocessing: Preprocessing | None,
+    cls_token: ClassToken,
+    batch_size: int,
+) -> Iterator[list[torch.Tensor]]:
+    """Features of one batch of images after the other, float32 [b, width] per tap in order."""
+    preprocessing = preprocessing or preprocessing_for(backbone)
+    weight = next(backbone.model.parameters())
+    with TapReader(backbone, [target_size], cls_token) as reader:
+        for pixels in prepared_batches(images, preprocessing, batch_size):
+            yield reader(to_batch(pixels, preprocessing, weight.device, weight.dtype))[target_size]
 
 
 def prepared_batches(

@@ -89,8 +89,7 @@ class KeptFeatures:
 
 def embedding_features(backbone: Backbone, target_size: int = 1) -> KeptFeatures:
     """All features of the embedding, which does not depend on the target size."""
-    alone = replace(backbone, taps=tuple(tap for tap in backbone.taps if tap.name == backbone.embedding))
-    layout = feature_layout(alone, target_size)
+    layout = feature_layout(backbone.only((backbone.embedding,)), target_size)
     return KeptFeatures(np.arange(layout.n_features, dtype=np.int64), layout, target_size)
 
 
@@ -119,8 +118,7 @@ class TrainableModel(nn.Module):
         self.target_size, self.options = features.target_size, options
         weight = next(backbone.model.parameters())
         self.kept = [torch.from_numpy(columns).to(weight.device) for columns in kept]
-        taps = tuple(tap for tap in backbone.taps if tap.name in names)
-        read = replace(backbone, taps=taps, precision=options.precision)
+        read = replace(backbone.only(names), precision=options.precision)
         self.reader = TapReader(read, [self.target_size], cls_token, gradients=True)
         self.backbone = backbone.model.requires_grad_(True)
         self.head = nn.Linear(self.layout.n_features, n_classes)

@@ -1,7 +1,6 @@
 """Heads of one frozen backbone that read a single forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
 
 import numpy as np
@@ -24,12 +23,12 @@ class SharedPass:
     def __init__(self, backbone: Backbone, heads: Sequence[Head], cls_token: ClassToken = "normal") -> None:
         used = {tap for head in heads for tap in head.taps_read()}
         # A head may keep nothing, but some tap has to say how many images there are.
-        taps = tuple(tap for tap in backbone.taps if tap.name in used) or backbone.taps[:1]
-        names = [tap.name for tap in taps]
+        needed = backbone.only(used or {backbone.taps[0].name})
+        names = [tap.name for tap in needed.taps]
         sizes = sorted({head.hyperparameters.target_size for head in heads})
         device = str(next(backbone.model.parameters()).device)
         self.banks = [HeadBank([head.restricted(names)], device) for head in heads]
-        self.reader = TapReader(replace(backbone, taps=taps), sizes, cls_token)
+        self.reader = TapReader(needed, sizes, cls_token)
 
     def logits(self, images: Tensor) -> list[np.ndarray]:
         """Of each head, float32 [b, n_classes]; ``images`` float [b, 3, S, S] as the backbone takes them."""

@@ -21,8 +21,7 @@ SHOWN = 12  # values of a column, or classes, before the rest is counted
 
 def describe(place: str) -> Facts:
     """Names and values. Raises UserError for what is neither a file of ours nor a run directory."""
-    folder, _, name = place.rstrip("/").rpartition("/")
-    parent = RunDirectory(folder or ".")
+    parent, name = RunDirectory.around(place.rstrip("/"))
     if not name.endswith((".safetensors", ".parquet")):
         return _run(RunDirectory(place))
     if not parent.exists(name):

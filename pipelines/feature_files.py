@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from h2t.device import fetched
 from h2t.errors import UserError
+from h2t.feature_columns import tap_columns, tap_fields
 from h2t.features import FeatureLayout
 from pipelines.run_directory import RunDirectory, naming_damage
 
@@ -44,12 +44,7 @@ class FeatureTable:
     def schema(self) -> pa.Schema:
         """The keys, and a list of float32 per tap; no nulls."""
         keys = [pa.field(name, kind, nullable=False) for name, kind in KEYS.items()]
-        value = pa.field("element", pa.float32(), nullable=False)
-        taps = [
-            pa.field(name, pa.list_(value, width), nullable=False)
-            for name, width in zip(self.layout.taps, self.layout.widths, strict=True)
-        ]
-        return pa.schema([*keys, *taps], metadata={EMBEDDING: self.embedding})
+        return pa.schema([*keys, *tap_fields(self.layout)], metadata={EMBEDDING: self.embedding})
 
     def rows(self, index: np.ndarray, labels: np.ndarray, taps: Sequence[torch.Tensor]) -> pa.Table:
         """Rows of the table: ``index``, ``labels`` int [n], ``taps`` float32 [n, width] each, in order."""
@@ -58,9 +53,7 @@ class FeatureTable:
         columns = [pa.repeat(pa.scalar(value, field.type), len(index))
                    for value, field in zip(shared, schema, strict=False)]  # fmt: skip
         columns += [pa.array(index, pa.int32()), pa.array(labels, pa.int32())]
-        for values, field in zip(fetched(taps), list(schema)[len(KEYS) :], strict=True):
-            flat = pa.array(values.contiguous().numpy().reshape(-1))
-            columns.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+        columns += tap_columns(taps, self.layout)
         return pa.Table.from_arrays(columns, schema=schema)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from h2t.adapter import Adapter, WeightType, convert_head, load_head
+from h2t.adapter import WeightType, class_names, convert_head, load_head
 from h2t.backbones.loading import input_config
 from h2t.errors import UserError
 from h2t.images.formats import ROOTED
@@ -130,14 +130,10 @@ class Fitted:
 
 def fitted(run: RunDirectory) -> list[Fitted]:
     """What the run of a fit came to, one entry per method."""
-    found = []
+    found, heads = [], run.names("heads", recursive=True)
     for row in _rows(run, "results").to_dict("records"):
         beginning = f"{row['method']}-seed-{row['seed']}-"
-        (file,) = [
-            name
-            for name in run.names("heads", recursive=True)
-            if name.rpartition("/")[2].startswith(beginning)
-        ]
+        (file,) = [name for name in heads if name.rpartition("/")[2].startswith(beginning)]
         held_out = accuracy_estimate((np.arange(row["n_test"]) < row["n_correct"])[None])
         found.append(
             Fitted(row["method"], row["validation_accuracy"], held_out, row["n_test"], row["n_kept"], file)
@@ -166,19 +162,18 @@ def _rows(run: RunDirectory, kind: str) -> pd.DataFrame:
 
 def save_adapter(run: RunDirectory, chosen: Fitted, out: str, weights: WeightType) -> None:
     """Write the adapter, and the model card beside it (``.md``), each whole or not at all."""
-    folder, _, name = out.rpartition("/")
-    destination = RunDirectory(folder or ".")
+    destination, name = RunDirectory.around(out)
+    data = run.read(chosen.file)
     with destination.writing(name) as sink:
-        convert_head(run.read(chosen.file), sink, weights)
-    destination.write(f"{name.removesuffix('.safetensors')}.md", model_card(run, chosen, name).encode())
-
-
-def model_card(run: RunDirectory, chosen: Fitted, name: str) -> str:
-    """What is in an adapter, how good it is and how to use it, as Markdown."""
+        convert_head(data, sink, weights)
     (row,) = _rows(run, "results").query(f"method == '{chosen.method}'").to_dict("records")
-    head, provenance = load_head(run.read(chosen.file))
-    section = json.loads(provenance["backbone"])
-    classes = Adapter.load(run.read(chosen.file)).classes
+    destination.write(f"{name.removesuffix('.safetensors')}.md", model_card(data, row, chosen, name).encode())
+
+
+def model_card(data: bytes, row: dict[Any, Any], chosen: Fitted, name: str) -> str:
+    """What is in an adapter, how good it is and how to use it, as Markdown; ``row``: its row of results."""
+    head, provenance = load_head(data)
+    section, classes = json.loads(provenance["backbone"]), class_names(data)
     low, high = 100 * chosen.held_out.low, 100 * chosen.held_out.high
     point = head.hyperparameters
     lines = [
@@ -191,7 +186,7 @@ def model_card(run: RunDirectory, chosen: Fitted, name: str) -> str:
         "|---|---|",
         f"| held-out accuracy | {100 * chosen.held_out.mean:.1f} % ({low:.1f} to {high:.1f}, with 95 % "
         f"confidence), {chosen.n_test} images |",
-        f"| accuracy in 5-fold cross-validation | {100 * chosen.validation_accuracy:.1f} % |",
+        f"| accuracy in cross-validation | {100 * chosen.validation_accuracy:.1f} % |",
         f"| method | {chosen.method}: {len(head.kept):,} of {head.layout.n_features:,} features kept, from "
         f"{len(head.taps_read())} of {len(head.layout.taps)} taps; target size {point.target_size}, rate "
         f"{point.learning_rate:g}, {point.steps} steps, coefficient {point.coefficient:g} |",

@@ -188,8 +188,8 @@ def predict(
                 shown = pd.concat([shown, rows]) if len(shown) < 20 else shown
                 table = pa.Table.from_pandas(rows, preserve_index=False)
                 if out and writer is None:
-                    folder, _, name = out.rpartition("/")
-                    sink = opened.enter_context(RunDirectory(folder or ".").writing(name))
+                    destination, name = RunDirectory.around(out)
+                    sink = opened.enter_context(destination.writing(name))
                     kind = pq.ParquetWriter if out.endswith(".parquet") else pyarrow.csv.CSVWriter
                     writer = opened.enter_context(kind(sink, table.schema))
                 if writer is not None:

@@ -38,20 +38,23 @@ class Part:
     file: str
 
 
-def parts(found: Sequence[ImageFiles], adapters: Sequence[str], top: int, size: int = PART) -> Iterator[Part]:
-    """The parts of images, each with a file name that changes with adapters, ``top``, paths and sizes."""
+def parts(
+    found: Sequence[ImageFiles], adapters: Sequence[str], top: int, folder: str, size: int = PART
+) -> Iterator[Part]:
+    """The parts of images; the name of a part's file changes with adapters, ``top``, paths and sizes."""
     digests = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in adapters]
     number = 0
     for files in found:
         filesystem, _ = open_root(files.root)
-        tables = files.paths[0].lower().endswith(".parquet")
-        several = 1 if tables else size
+        several = 1 if files.tables else size
         for start in range(0, len(files.paths), several):
             paths = files.paths[start : start + several]
             sizes = [info.size for info in filesystem.get_file_info(list(paths))]
             key = fingerprint(digests, top, paths, sizes)
-            n_images = files.n_images // len(files.paths) if tables else len(paths)
-            yield Part(replace(files, paths=paths, n_images=n_images), f"part-{number:05}-{key}.parquet")
+            n_images = files.n_images // len(files.paths) if files.tables else len(paths)
+            yield Part(
+                replace(files, paths=paths, n_images=n_images), f"{folder}/part-{number:05}-{key}.parquet"
+            )
             number += 1
 
 
@@ -95,12 +98,12 @@ def predict_many(
 
     Raises UserError for files that are no adapters.
     """
-    run = RunDirectory(out)
+    run, folder = RunDirectory.around(out.rstrip("/"))
     run.require_writable()
     top = min(top, *(len(named.adapter.classes) for named in load_adapters(adapters)))
-    wanted = list(parts(found, adapters, top))
-    present = set(run.names(""))
-    missing = [part for part in wanted if f"/{part.file}" not in present and part.file not in present]
+    wanted = list(parts(found, adapters, top, folder))
+    present = set(run.names(folder))
+    missing = [part for part in wanted if part.file not in present]
     total = sum(part.images.n_images for part in missing)
     with StageProgress(console, "predict", total, "images") as progress:
         for row in _rows(missing, adapters, top, batch_size, run, address) if missing else ():

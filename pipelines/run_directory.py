@@ -55,6 +55,12 @@ class RunDirectory:
             object.__setattr__(self, "uri", _absolute(self.uri))
         open_filesystem(self.uri)
 
+    @classmethod
+    def around(cls, place: str) -> "tuple[RunDirectory, str]":
+        """The folder of a file at a path or URI, and the file's name in it."""
+        folder, _, name = place.rpartition("/")
+        return cls(folder or "."), name
+
     def subdirectory(self, name: str) -> "RunDirectory":
         """A folder in this one; options of a URI (``?endpoint_override=…``) are kept."""
         path, sign, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")

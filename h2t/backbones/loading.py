@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,10 @@ class Backbone:
     embedding: str
     weights: str
     precision: str = "float32"
+
+    def only(self, taps: Collection[str]) -> "Backbone":
+        """The same with the taps of these names alone."""
+        return replace(self, taps=tuple(tap for tap in self.taps if tap.name in taps))
 
 
 def input_config(name: str, image_size: int | None = None) -> tuple[int, Any]:

@@ -87,8 +87,7 @@ def load_section(section: Mapping[str, Any], device: str = "cpu") -> Backbone:
 
 def embeddings_alone(backbone: Backbone) -> Backbone:
     """The same with the embeddings of both networks as its only taps."""
-    kept = (backbone.embedding, SECOND_EMBEDDING)
-    return replace(backbone, taps=tuple(tap for tap in backbone.taps if tap.name in kept))
+    return backbone.only((backbone.embedding, SECOND_EMBEDDING))
 
 
 def _inside(part: str, tap: Tap) -> Tap:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from h2t.errors import UserError, unknown
 from h2t.features import FeatureLayout
 
 Collect = Callable[[int, Tensor], None]
+Seen = TypeVar("Seen")
 
 
 class _AllRead(Exception):
@@ -161,8 +163,13 @@ def describe(
 
 def tap_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
     """The shape of one image's activation at each tap, in network order: (c, h, w), (t, c) or (c,)."""
-    shapes: dict[int, tuple[int, ...]] = {}
-    hooks = _Hooks(backbone, lambda index, activation: shapes.update({index: tuple(activation.shape[1:])}))
+    return look_at_taps(backbone, lambda activation: tuple(activation.shape[1:]))
+
+
+def look_at_taps(backbone: Backbone, look: Callable[[Tensor], Seen]) -> dict[str, Seen]:
+    """What ``look`` says of each tap's activation when a pass of one image comes to it, in network order."""
+    seen: dict[int, Seen] = {}
+    hooks = _Hooks(backbone, lambda index, activation: seen.update({index: look(activation)}))
     parameter = next(backbone.model.parameters())
     size = backbone.image_size
     try:
@@ -171,7 +178,7 @@ def tap_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
             backbone.model(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
     finally:
         hooks.remove()
-    return {tap.name: shapes[index] for index, tap in enumerate(backbone.taps)}
+    return {tap.name: seen[index] for index, tap in enumerate(backbone.taps)}
 
 
 def feature_layout(backbone: Backbone, target_size: int, cls_token: ClassToken = "normal") -> FeatureLayout:

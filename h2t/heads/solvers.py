@@ -37,9 +37,9 @@ def ridge(problem: Problem, coefficients: Sequence[float]) -> Iterator[Solution]
 
     Of ``RIDGE_COEFFICIENTS``: each stated coefficient would be one more choice, which nothing needs.
     """
-    features, labels, n_classes, _ = problem
     from sklearn.linear_model import RidgeCV
 
+    features, labels, n_classes, _ = problem
     rotated, axes = _rotated(features)
     targets = np.eye(n_classes)[labels]
     model = RidgeCV(alphas=RIDGE_COEFFICIENTS).fit(rotated, targets)
@@ -53,10 +53,10 @@ def logistic(problem: Problem, coefficients: Sequence[float]) -> Iterator[Soluti
 
     Each coefficient starts from zero, so that it gives the same whichever others are tried.
     """
-    features, labels, n_classes, _ = problem
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
+    features, labels, n_classes, _ = problem
     rotated, axes = _rotated(features)
     classes = np.unique(labels)
     present = np.isin(np.arange(n_classes), classes)

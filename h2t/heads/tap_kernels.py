@@ -64,7 +64,7 @@ def tap_kernels(problem: Problem, coefficients: Sequence[float]) -> Iterator[Sol
     weight = np.empty((features.shape[1], n_classes), np.float32)
     bias = targets.mean(0).numpy()
     for columns, share, diagonal in zip(layout.slices, mixture.weights, diagonals, strict=True):
-        part = features[:, columns].T @ dual.astype(np.float32) * np.float32(mixture.scale * share / diagonal)
+        part = features[:, columns].T @ dual * np.float32(mixture.scale * share / diagonal)
         weight[columns] = part
         bias = bias - features[:, columns].mean(0, dtype=np.float64) @ part / mixture.scale
     bias = np.where(np.isin(np.arange(n_classes), labels), mixture.scale * bias, ABSENT)
@@ -120,18 +120,15 @@ def leave_one_out(
     """The mean cross-entropy of leave-one-out outputs, its gradient, and the outputs float64 [n, n_classes].
 
     ``parameters`` float64 [n_taps + 2]: logarithms of the weights, which add up to 1 once they are divided by
-    their sum, of l and of the scale. With D the gradient
-    by A and d that by the diagonal of G, the gradient by K is -(G D) A' - G diag(d) G.
+    their sum, of l and of the scale. With D the gradient by A and d that by the diagonal of G, the gradient
+    by K is -(G D) A' - G diag(d) G.
     """
     n_rows = len(targets)
     log_ridge, log_scale = (
         torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in parameters[-2:]
     )
     weights = torch.softmax(torch.from_numpy(parameters[:-2]), 0)
-    flat = kernels.view(len(kernels), -1)
-    kernel = torch.mv(flat.T, weights.float()).view(n_rows, n_rows).double()
-    kernel.diagonal().add_(log_ridge.detach().exp())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel))
+    inverse = torch.cholesky_inverse(_factor(kernels, weights, float(log_ridge.detach().exp())))
     centred = targets - targets.mean(0)
     dual = (inverse @ centred).requires_grad_()
     diagonal = inverse.diagonal().clone().requires_grad_()
@@ -143,7 +140,8 @@ def leave_one_out(
     by_dual, by_diagonal, by_ridge, by_scale = torch.autograd.grad(loss, inputs)
     with torch.no_grad():
         by_kernel = -(inverse @ by_dual) @ dual.T - (inverse * by_diagonal) @ inverse
-        by_weights = torch.mv(flat, by_kernel.float().reshape(-1)).double() * weights
+        by_weights = kernels.view(len(kernels), -1) @ by_kernel.float().reshape(-1)
+        by_weights = by_weights.double() * weights
         by_weights -= weights * by_weights.sum()
         by_ridge = by_ridge + ridge * by_kernel.diagonal().sum()
     gradient = np.concatenate([by_weights.numpy(), [float(by_ridge), float(by_scale)]])
@@ -151,10 +149,14 @@ def leave_one_out(
 
 
 def _dual(kernels: Tensor, targets: Tensor, mixture: TapMixture) -> np.ndarray:
-    """A, float64 [n, n_classes]."""
-    weights = torch.from_numpy(mixture.weights)
-    n_rows = len(targets)
+    """A, float32 [n, n_classes]."""
+    factor = _factor(kernels, torch.from_numpy(mixture.weights), mixture.ridge)
+    return torch.cholesky_solve(targets - targets.mean(0), factor).float().numpy()
+
+
+def _factor(kernels: Tensor, weights: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor of K + l I, float64 [n, n]."""
+    n_rows = kernels.shape[1]
     kernel = torch.mv(kernels.view(len(kernels), -1).T, weights.float()).view(n_rows, n_rows).double()
-    kernel.diagonal().add_(mixture.ridge)
-    factor = torch.linalg.cholesky(kernel)
-    return torch.cholesky_solve(targets - targets.mean(0), factor).numpy()
+    kernel.diagonal().add_(ridge)
+    return torch.linalg.cholesky(kernel)

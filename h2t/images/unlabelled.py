@@ -14,6 +14,7 @@ from h2t.images.remote import list_files, open_root, read_files
 from h2t.images.source import EncodedImage
 
 READ_AT_ONCE = 64
+TABLE = ".parquet"
 _EXPECTED = "an image, a folder of them, a pattern such as 'photos/*.jpg', or a Parquet file with images"
 
 
@@ -25,12 +26,17 @@ class ImageFiles:
     paths: tuple[str, ...]
     n_images: int
 
+    @property
+    def tables(self) -> bool:
+        """Whether they are Parquet files."""
+        return self.paths[0].lower().endswith(TABLE)
+
     def __iter__(self) -> Iterator[EncodedImage]:
         """The images in order, a few in memory at a time; no bytes stand for a file that cannot be read."""
         filesystem, _ = open_root(self.root)
         for start in range(0, len(self.paths), READ_AT_ONCE):
             several = self.paths[start : start + READ_AT_ONCE]
-            if several[0].endswith(".parquet"):
+            if self.tables:
                 for path in several:
                     yield from stream_images(self.root, path)
             else:
@@ -60,7 +66,7 @@ def _at(place: str) -> list[ImageFiles]:
     if info.type == FileType.NotFound:
         raise UserError(f"there is nothing at '{place}': expected {_EXPECTED}")
     paths = [path] if info.type == FileType.File else list_files(filesystem, path)
-    tables = [name for name in paths if name.lower().endswith(".parquet")]
+    tables = [name for name in paths if name.lower().endswith(TABLE)]
     files = [name for name in paths if posixpath.splitext(name)[1].lower() in image_endings()]
     if info.type == FileType.File and not tables:
         files = paths  # whatever its name: what was named is tried

@@ -29,7 +29,7 @@ from tabulate import tabulate
 
 from pipelines.run_directory import RunDirectory
 from pipelines.status import status
-from tests.pipelines.conftest import small_config, write_task
+from tests.pipelines.conftest import commands_of, small_config, write_task
 
 FAULTS = ("driver and its Ray", "a worker", "the raylet")
 TABLES = ("features", "trials", "chosen", "predictions", "results", "kept", "studies")
@@ -60,16 +60,6 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-
-
-def commands_of(session: int) -> dict[int, str]:
-    """The processes of a session: number and command."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended meanwhile
-            if int((process / "stat").read_text().rpartition(")")[2].split()[3]) == session:
-                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
-    return found
 
 
 def strike(process: subprocess.Popen[bytes], fault: str, chance: random.Random) -> bool:

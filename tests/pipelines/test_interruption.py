@@ -12,25 +12,12 @@ import pytest
 import yaml
 
 from pipelines.run_directory import RunDirectory
-from tests.pipelines.conftest import result_rows, run_all, small_config
+from tests.pipelines.conftest import commands_of, result_rows, run_all, small_config
 
 ROOT = Path(__file__).parents[2]
 MOMENTS = ("run.yaml", "features/**/*.parquet", "trials/**/*.parquet", "heads/**/*.safetensors")
 SOME = MOMENTS[3:]
 SECONDS = 10  # the longest that an end may take, on a busy machine too
-
-
-def processes_of(session: int) -> list[str]:
-    """The commands of the processes of a session."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append((folder / "cmdline").read_text().replace("\0", " "))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.parametrize(
@@ -71,7 +58,7 @@ def test_signals_end_a_run_in_one_line_and_it_goes_on(
             f"stopped by {number.name}; what was done is kept: the same command goes on"
         ]
         deadline = time.monotonic() + 30
-        while (left := processes_of(process.pid)) and time.monotonic() < deadline:
+        while (left := [*commands_of(process.pid).values()]) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert left == [], moment
         assert not (folder / "lock.json").exists()
