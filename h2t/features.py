@@ -48,6 +48,8 @@ class FeatureLayout:
         return FeatureLayout(self.taps, tuple(widths.tolist()))
 
 
+WIDENED_AT_ONCE = 64  # rows
+
 EMBEDDING = "pre_logits"
 """The tap that a backbone's own classifier reads."""
 
@@ -81,17 +83,35 @@ def keep_features(
     """The kept features, of unit norm per example and tap **over what is kept of the tap**; or as they are.
 
     ``features``: float [n, N], never written; ``kept``: int64 [K], ascending columns; ``rows``: int64 [m],
-    the examples (default: all, in order); ``raw``: without any norm. Returns a new float [m, K].
+    the examples (default: all, in order); ``raw``: without any norm. Returns a new float [m, K], float32 of
+    NumPy's float16.
     """
     _check_width(features, layout)
+    if isinstance(features, np.ndarray) and features.dtype == np.float16:
+        values = _widened(features, kept, rows)
+    else:
+        values = _taken(features, kept, rows)
+    return values if raw else unit_norm(values, layout.of_kept(kept), out=values)
+
+
+def _taken(features: Matrix, kept: np.ndarray, rows: np.ndarray | None) -> Matrix:
     index = kept if isinstance(features, np.ndarray) else torch.from_numpy(np.array(kept)).to(features.device)
     if rows is None:
-        values = features[:, index]
-    elif len(kept) and kept[-1] - kept[0] + 1 == len(kept):  # consecutive: a slice is faster
-        values = features[rows, int(kept[0]) : int(kept[-1]) + 1]
-    else:
-        values = features[rows[:, None], index]
-    return values if raw else unit_norm(values, layout.of_kept(kept), out=values)
+        return features[:, index]
+    if len(kept) and kept[-1] - kept[0] + 1 == len(kept):  # consecutive: a slice is faster
+        return features[rows, int(kept[0]) : int(kept[-1]) + 1]
+    return features[rows[:, None], index]
+
+
+def _widened(features: np.ndarray, kept: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+    """float32 [m, K] of float16, some rows at a time: both copies of all would be half as much again."""
+    rows = np.arange(len(features)) if rows is None else rows
+    values = np.empty((len(rows), len(kept)), np.float32)
+    for start in range(0, len(rows), WIDENED_AT_ONCE):
+        part = slice(start, start + WIDENED_AT_ONCE)
+        # By torch, three times as fast as NumPy.
+        torch.from_numpy(values[part]).copy_(torch.from_numpy(_taken(features, kept, rows[part])))
+    return values
 
 
 def _check_width(features: np.ndarray | torch.Tensor, layout: FeatureLayout) -> None:

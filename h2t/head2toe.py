@@ -105,7 +105,7 @@ class _Data:
         """The same with features normalised in that way."""
         if normalization != "per_feature":
             return replace(self, normalization=normalization)
-        values = self.features[self.rows]
+        values = self.features[self.rows].astype(np.float32, copy=False)
         center, scale = values.mean(0), np.sqrt(values.var(0) + np.float32(VARIANCE_FLOOR))
         return replace(self, normalization=normalization, center=center, scale=scale)
 
@@ -175,8 +175,8 @@ def fit(
 ) -> Iterator[Head]:
     """Train a head for every point of ``hyperparameters`` and seed; each is yielded as soon as it is done.
 
-    ``features`` float32 [n, n_features] raw, never written; ``labels`` integer [n]; ``rows`` int64 [n_rows]
-    are those to train on (default: all). All points have the same target size, that of the features.
+    ``features`` float32 or float16 [n, n_features] raw, never written; ``labels`` integer [n]; ``rows``
+    int64 [n_rows] are those to train on (default: all). All points have the features' target size.
     ``embedding`` names the tap that methods on the embedding use. ``memory_budget`` in bytes bounds what is
     allocated here on top of one normalised copy of the training rows.
 
@@ -195,7 +195,9 @@ def fit(
     Raises UserError, before any training, for hyperparameters, labels or features that cannot be used.
     """
     whole, columns = layout, None
-    features, labels = np.asarray(features, np.float32), np.asarray(labels)
+    features, labels = np.asarray(features), np.asarray(labels)
+    if features.dtype != np.float16:  # which becomes float32 where rows of it are normalised
+        features = np.asarray(features, np.float32)
     if taps is not None:
         columns = columns_of(layout, taps)
         features, layout = features[:, columns], _part(layout, taps)

@@ -17,7 +17,7 @@ from h2t.backbones.pretrained import weights_identity
 from h2t.errors import UserError
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
-from pipelines.config import Config, fingerprint
+from pipelines.config import Config, FeaturesConfig, fingerprint
 from pipelines.products import Files, RowFiles, Shard, Trial, TrialFiles
 from pipelines.run_directory import RunDirectory
 from pipelines.scope import EVERYTHING, Scope
@@ -83,6 +83,7 @@ def features_key(task: TaskData, split: Split) -> str:
     return fingerprint(
         FEATURES_VERSION, backbone, weights, task.image_identity(split), split, config.on_bad_image,
         *([] if config.deterministic == "machine" else [config.deterministic]),
+        *([] if config.features == FeaturesConfig() else [config.features.model_dump()]),
     )  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def _folds_key(task: TaskData) -> list[Any]:
 
 
 def features(task: TaskData, split: Split, target_size: int) -> RowFiles:
-    """Features of one split at one target size: a row per image, a list of float32 per tap."""
+    """Features of one split at one target size: a row per image, a list of numbers per tap."""
     folder = _folder(task, "features", f"target-size-{target_size}", task.name, split)
     return _row_files(task, split, folder, features_key(task, split), target_size, "extract")
 

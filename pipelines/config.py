@@ -24,6 +24,7 @@ from h2t.heads.spec import Precision
 from h2t.hyperparameters import Hyperparameters
 from h2t.images.formats import check_format, find_format
 from h2t.methods import METHODS, find_method, search_space
+from h2t.precision import StoredPrecision
 from h2t.tasks import DEMO, Group, Task, demo_task, find_task
 from pipelines.studies import checked_name, find_study
 
@@ -117,6 +118,12 @@ class ImagesConfig(_Section):
     def _a_known_format_and_its_root(self) -> "ImagesConfig":
         check_format(self.format, self.root)
         return self
+
+
+class FeaturesConfig(_Section):
+    """How the features are stored: float16 takes half the bytes, on the disk and in memory."""
+
+    precision: StoredPrecision = "float32"
 
 
 class TaskConfig(_Section):
@@ -249,6 +256,7 @@ class Config(_Section):
     backbone: BackboneConfig
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
     images: ImagesConfig = ImagesConfig()
+    features: FeaturesConfig = FeaturesConfig()
     methods: Values[MethodName] = ["linear", "all_l2", "all_l1", "all_l21", "head2toe"]
     grid: Grid = Grid()
     cross_validation: CrossValidation = CrossValidation()

@@ -53,7 +53,8 @@ class FeatureWriter:
         keys = (backbone_folder(task.config), task.name, shard.split)
         embedding = self.reader.backbone.embedding
         tables = {
-            name: FeatureTable(*keys, size, self.layouts[size], embedding) for size, name in shard.files
+            name: FeatureTable(*keys, size, self.layouts[size], embedding, task.config.features.precision)
+            for size, name in shard.files
         }
         write_features(
             self.run,

@@ -22,6 +22,7 @@ from h2t.features import FeatureLayout
 from h2t.head2toe import fit
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
+from h2t.precision import BYTES
 from pipelines.backbone import layouts, load
 from pipelines.config import Config
 from pipelines.task_data import TaskData, open_task
@@ -85,6 +86,12 @@ class _Facts:
         return sum(len(task.labels[split]) for task in self.tasks for split in task.stored_splits)
 
     @property
+    def feature_bytes(self) -> int:
+        """Of all features that are stored."""
+        number = BYTES[self.config.features.precision]
+        return number * self.n_stored * sum(layout.n_features for layout in self.layouts.values())
+
+    @property
     def n_test(self) -> int:
         return sum(len(task.labels["test"]) for task in self.tasks)
 
@@ -99,7 +106,7 @@ def facts_of(config: Config) -> _Facts:
 def feature_bytes(config: Config) -> int:
     """Bytes of all features that a run stores."""
     facts = facts_of(config)
-    return 4 * facts.n_stored * sum(layout.n_features for layout in facts.layouts.values())
+    return facts.feature_bytes
 
 
 def calibrate(facts: _Facts, cores: int = 1) -> Rates:
@@ -143,11 +150,10 @@ def plan(facts: _Facts, rates: Rates) -> list[StagePlan]:
 
 def _frozen(facts: _Facts, rates: Rates) -> Iterator[StagePlan]:
     config, cost = facts.config, facts.cost
-    stored = 4 * facts.n_stored * sum(layout.n_features for layout in facts.layouts.values())
     shards = math.ceil(facts.n_stored / config.resources.shard_size)
     yield StagePlan(
-        "extract", f"{facts.n_stored:,} images", float(facts.n_stored * cost.forward_flops), float(stored),
-        shards, facts.n_stored / rates.images + STAGE_S,
+        "extract", f"{facts.n_stored:,} images", float(facts.n_stored * cost.forward_flops),
+        float(facts.feature_bytes), shards, facts.n_stored / rates.images + STAGE_S,
     )  # fmt: skip
     points = [point for method in facts.methods for point in config.search_space(method)]
     n_folds = config.cross_validation.n_folds

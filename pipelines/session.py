@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from h2t.device import STRICT
+from h2t.precision import BYTES
 from pipelines.backbone import layouts, load
 from pipelines.cluster import Cluster, connect
 from pipelines.config import Config
@@ -44,8 +45,9 @@ class Session:
     def matrix_bytes(self) -> Mapping[int, int]:
         """Bytes of the largest task's matrix of features that are folded, by target size."""
         by_size = layouts(self.config, load(self.config.backbone, weights="random"))
+        number = BYTES[self.config.features.precision]
         n_rows = max(len(task.labels[task.fold_split]) for task in self.tasks.values())
-        return {size: 4 * n_rows * layout.n_features for size, layout in by_size.items()}
+        return {size: number * n_rows * layout.n_features for size, layout in by_size.items()}
 
 
 class Product(Protocol):

@@ -197,6 +197,23 @@ def test_rows_choose_and_order_the_training_examples() -> None:
         np.testing.assert_array_equal(ours.weight, theirs.weight)
 
 
+@pytest.mark.parametrize("method", ["linear", "all_ridge", "head2toe", "head2toe_per_feature"])
+def test_features_of_half_precision_give_the_heads_of_the_same_numbers(method: str) -> None:
+    features, labels = example()
+    halves = features.astype(np.float16)
+    points = search_space(method, ONE_SIZE)
+    options = {"layout": LAYOUT, "hyperparameters": points, "n_classes": 4, "embedding": "pre_logits"}
+    rows = np.random.default_rng(2).permutation(len(labels))[:130]
+    stored = list(fit(halves, labels, rows=rows, **options))  # type: ignore[arg-type]
+    widened = list(fit(halves.astype(np.float32), labels, rows=rows, **options))  # type: ignore[arg-type]
+    for ours, theirs in zip(stored, widened, strict=True):
+        np.testing.assert_array_equal(ours.kept, theirs.kept)
+        np.testing.assert_array_equal(ours.weight, theirs.weight)
+        np.testing.assert_allclose(
+            logits(ours, halves), logits(theirs, halves.astype(np.float32)), atol=1e-5, rtol=0
+        )
+
+
 SHARING = [name for name in FROZEN if METHODS[name].regularizer == "l21"]
 
 

@@ -2,22 +2,27 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
+import duckdb
 import numpy as np
+import pandas as pd
+import polars
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from h2t.errors import UserError
 from h2t.features import FeatureLayout
+from h2t.precision import StoredPrecision
 from pipelines.feature_files import Compression, FeatureTable, read_features, write_features
 from pipelines.run_directory import RunDirectory
 
 LAYOUT = FeatureLayout(("a", "a.b", "c"), (3, 1, 4))  # the names of modules nest
 
 
-def table_of(layout: FeatureLayout) -> FeatureTable:
-    return FeatureTable("backbone", "task", "train", 16, layout, layout.taps[-1])
+def table_of(layout: FeatureLayout, precision: StoredPrecision = "float32") -> FeatureTable:
+    return FeatureTable("backbone", "task", "train", 16, layout, layout.taps[-1], precision)
 
 
 def write(
@@ -27,29 +32,57 @@ def write(
     matrix: np.ndarray,
     layout: FeatureLayout = LAYOUT,
     compression: Compression = "none",
+    precision: StoredPrecision = "float32",
 ) -> None:
     batches = [
         {16: [torch.from_numpy(np.ascontiguousarray(matrix[rows][:, span])) for span in layout.slices]}
         for rows in np.array_split(index, 3)
     ]
-    write_features(run, {name: table_of(layout)}, index, index % 5, batches, compression)
+    write_features(run, {name: table_of(layout, precision)}, index, index % 5, batches, compression)
 
 
-@pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_rows_come_back_sorted_whatever_their_order(tmp_path: Path, compression: Compression) -> None:
+@pytest.mark.parametrize("precision", get_args(StoredPrecision))
+@pytest.mark.parametrize("compression", get_args(Compression))
+def test_rows_come_back_sorted_whatever_their_order(
+    tmp_path: Path, compression: Compression, precision: StoredPrecision
+) -> None:
     run, generator = RunDirectory(str(tmp_path)), np.random.default_rng(0)
-    matrix = generator.standard_normal((20, LAYOUT.n_features)).astype(np.float32)
+    matrix = generator.standard_normal((20, LAYOUT.n_features)).astype(precision).astype(np.float32)
     shuffled = generator.permutation(20)
     parts = {"sorted": np.arange(20), "mixed": shuffled}
     for name, index in parts.items():
         for number, rows in enumerate(np.array_split(index, 2)):
-            write(run, f"{name}-{number}.parquet", rows, matrix, compression=compression)
+            write(run, f"{name}-{number}.parquet", rows, matrix, LAYOUT, compression, precision)
         read = read_features(run, [f"{name}-0.parquet", f"{name}-1.parquet"])
         np.testing.assert_array_equal(read.values, matrix)
         np.testing.assert_array_equal(read.index, np.arange(20))
         np.testing.assert_array_equal(read.labels, np.arange(20) % 5)
         assert read.layout == LAYOUT
-        assert read.embedding == "c"
+        assert (read.embedding, read.values.dtype) == ("c", np.dtype(precision))
+
+
+@pytest.mark.parametrize("compression", get_args(Compression))
+def test_half_precision_takes_half_the_bytes_and_other_readers_know_it(
+    tmp_path: Path, compression: Compression
+) -> None:
+    run, layout = RunDirectory(str(tmp_path)), FeatureLayout(("a", "b"), (1000, 3))
+    matrix = np.random.default_rng(0).standard_normal((40, layout.n_features)).astype(np.float32)
+    for precision in get_args(StoredPrecision):
+        write(run, f"{precision}.parquet", np.arange(40), matrix, layout, compression, precision)
+    assert run.size("float16.parquet") < 0.55 * run.size("float32.parquet")
+    file, expected = str(tmp_path / "float16.parquet"), matrix[3, 1000:].astype(np.float16).tolist()
+    assert pd.read_parquet(file)["b"][3].tolist() == expected
+    assert polars.read_parquet(file)["b"][3].to_list() == expected
+    assert tuple(duckdb.sql(f"SELECT b FROM '{file}' WHERE index = 3").fetchall()[0][0]) == tuple(expected)
+
+
+def test_a_feature_that_half_precision_has_no_number_for_is_told(tmp_path: Path) -> None:
+    run, matrix = RunDirectory(str(tmp_path)), np.full((3, LAYOUT.n_features), 65504.0, np.float32)
+    write(run, "f.parquet", np.arange(3), matrix, precision="float16")
+    matrix[2, 3] = -65520.0
+    with pytest.raises(UserError, match=r"a\.b reach 65,520, float16 only 65,504; expected .*float32"):
+        write(run, "g.parquet", np.arange(3), matrix, precision="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["f.parquet"]
 
 
 def test_rows_of_images_leave_out_those_that_were_skipped(tmp_path: Path) -> None:
