@@ -13,13 +13,17 @@ Appendix B leaves its constants out. These reproduce every printed digit of Tabl
   fine-tuned model is its backbone and a head on its embedding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from h2t.backbones.loading import Backbone
 from h2t.backbones.tap_reader import feature_layout, look_at_taps
+from h2t.features import FeatureLayout
+from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS, Method
 
 BYTES_PER_WEIGHT = 4
@@ -102,6 +106,38 @@ def training_flops(
         return frozen
     training = finetuning_flops(cost, read, head.n_classes, finetuning_steps or steps, batch_size)
     return training + (frozen if definition.features == "kept" else 0)
+
+
+def fitting_flops(
+    points: Sequence[Hyperparameters],
+    layout: FeatureLayout,
+    embedding: str,
+    n_classes: int,
+    n_images: int = TRAINING_IMAGES,
+    batch_size: int = BATCH_SIZE,
+) -> int:
+    """Operations of :func:`h2t.head2toe.fit` for points of one target size: what they share counts once."""
+    total, batch = 0, min(batch_size, n_images)
+    for _, group in groupby(sorted(points, key=shared_training), shared_training):
+        members = list(group)
+        method, steps = METHODS[members[0].method], members[0].steps
+        on_embedding = method.features == "embedding"
+        n_read = layout.widths[layout.taps.index(embedding)] if on_embedding else layout.n_features
+        if method.solver:
+            total += 2 * n_images**2 * n_read
+        elif method.scored:
+            total += head_flops(n_read, n_classes, steps, batch)
+        n_kept = sum(int(n_read * p.keep_fraction) for p in members if METHODS[p.method].features == "kept")
+        total += head_flops(n_kept, n_classes, steps, batch)
+    return total
+
+
+def shared_training(point: Hyperparameters) -> str:
+    """What points have in common that share their training on all features, or on the embedding."""
+    method = METHODS[point.method]
+    parts = (method.regularizer, point.target_size, point.learning_rate, point.steps, point.coefficient,
+             method.normalization, method.scored, method.solver, method.features == "embedding")  # fmt: skip
+    return str(parts)
 
 
 def storage_bytes(method: str, cost: BackboneCost, head: HeadSize) -> int:

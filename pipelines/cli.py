@@ -155,7 +155,7 @@ def doctor(
 def plan_command(recipe: Recipe, set_: Set = None) -> None:
     """What a recipe will take: work, bytes, and time on 1 to 512 devices like the one at hand."""
     from pipelines import plan
-    from pipelines.cluster import available_cores
+    from pipelines.machine import available_cores
     from pipelines.progress import duration
 
     facts = plan.facts_of(read_recipe(recipe, set_))

@@ -16,12 +16,18 @@ import ray
 from h2t.errors import UserError
 from pipelines.config import Resources
 from pipelines.interruption import reinstall
+from pipelines.machine import GIB, available_cores, available_memory, memory_limit
 
 OBJECT_STORE_BYTES = 1 << 30  # of a cluster that is started here, beside what feature matrices take
-LARGEST_SHARE = 0.5  # of the memory, and of /dev/shm 0.9, that the object store may have
+LARGEST_SHARE = 0.5  # of the memory that the object store may have; less if it is for two matrices
+SHARE_OF_TWO = 0.25
+SHARED_MEMORY = "/dev/shm"
+SHARED_MEMORY_SHARE = 0.9  # that it may have of what is free there
 # A socket's path has at most 107 bytes, of which Ray's own part, with the longest process number, takes 67.
 LONGEST_FOLDER = 40
 SHORT_FOLDER = "/tmp"
+RESERVED_FROM = 2**30  # bytes of memory
+LEAST_MEMORY = 2**28  # that Ray is told of
 SPARE_CPUS = 2  # logical CPUs for reading and decoding: actors that hold every CPU would starve those
 
 
@@ -55,7 +61,9 @@ def without_line(words: str) -> Iterator[None]:
 class Cluster:
     """Logical resources of the cluster; ``local`` when it was started here, on ``cores`` real cores.
 
-    ``store_bytes``: of the largest object store of the nodes that are there.
+    Of the nodes that are there, ``store_bytes`` are those of the largest object store, ``memory_bytes`` those
+    of the most memory beside it. ``store_folder``: where the object store lies that was started here and has
+    no room in the machine's shared memory.
     """
 
     cpus: int
@@ -64,42 +72,74 @@ class Cluster:
     local: bool
     cores: int
     store_bytes: int = OBJECT_STORE_BYTES
+    memory_bytes: int = 0
+    store_folder: str = ""
 
 
 def connect(
     address: str | None = None,
     cores: int | None = None,
     environment: Mapping[str, str] | None = None,
-    store_bytes: Callable[[], int] = lambda: 0,
+    matrix_bytes: Callable[[], int] = lambda: 0,
 ) -> Cluster:
     """Connect to the cluster at ``address`` (or ``RAY_ADDRESS``), or start one on this machine.
 
-    ``environment``: variables of every worker; ``store_bytes``: what is to find room in the object store of a
-    cluster that is started here, as far as memory and ``/dev/shm`` allow.
+    ``environment``: variables of every worker; ``matrix_bytes``: of the largest matrix that is to find room
+    in the object store of a cluster that is started here, as far as memory allows.
 
     Raises UserError when there is no cluster at the address, or that is one of the dashboard.
     """
     _check_address(address, os.environ.get("RAY_ADDRESS"))
     address = address or os.environ.get("RAY_ADDRESS")
     cores = cores or available_cores()
+    store_folder = ""
     if not ray.is_initialized():
-        _start(address, cores, environment or {}, store_bytes)
+        store_folder = _start(address, cores, environment or {}, matrix_bytes)
         reinstall()
     total = ray.cluster_resources()
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    stores = [int(node["Resources"].get("object_store_memory", 0)) for node in nodes]
+    store, memory = (
+        max((int(node["Resources"].get(kind, 0)) for node in nodes), default=0)
+        for kind in ("object_store_memory", "memory")
+    )
     cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
-    return Cluster(cpus, gpus, len(nodes), address is None, cores, max(stores, default=0))
+    return Cluster(cpus, gpus, len(nodes), address is None, cores, store, memory, store_folder)
 
 
-def object_store_bytes(wanted: int) -> int:
-    """Bytes for this machine's object store: what is wanted beside the usual, as far as there is room."""
-    import psutil
+def object_store_bytes(matrix: int) -> int:
+    """Bytes for this machine's object store: two matrices beside the usual, or one where memory is short."""
+    memory = memory_limit()
+    two, one = (OBJECT_STORE_BYTES + copies * matrix for copies in (2, 1))
+    return two if two <= SHARE_OF_TWO * memory else min(one, int(LARGEST_SHARE * memory))
 
-    limits = [int(LARGEST_SHARE * psutil.virtual_memory().total)]
+
+def object_store_folder(size: int) -> str:
+    """Where an object store of so many bytes is to lie: "" for shared memory, a folder where that is small.
+
+    Raises UserError where the folder's disk is too small as well.
+    """
     with suppress(OSError):
-        limits.append(int(0.9 * shutil.disk_usage("/dev/shm").free))
-    return max(min(OBJECT_STORE_BYTES + wanted, *limits), min(OBJECT_STORE_BYTES, limits[0]))
+        if shutil.disk_usage(SHARED_MEMORY).free * SHARED_MEMORY_SHARE >= size:
+            return ""
+    return checked_folder(
+        size, f"the object store finds no room in {SHARED_MEMORY} (in a container: --shm-size)"
+    )
+
+
+def checked_folder(size: int, why: str) -> str:
+    """The folder in which Ray puts what finds no room in memory.
+
+    Raises UserError, which begins with ``why``, where so many bytes find no room there either.
+    """
+    folder = _temporary_folder() or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    os.makedirs(folder, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"{why}: expected {size / GIB:.1f} GiB of room in {folder}, got {free / GIB:.1f}; set RAY_TMPDIR "
+            "to a folder on a larger disk"
+        )
+    return folder
 
 
 def _check_address(given: str | None, in_environment: str | None) -> None:
@@ -128,8 +168,9 @@ def _temporary_folder() -> str | None:
 
 
 def _start(
-    address: str | None, cores: int, environment: Mapping[str, str], store_bytes: Callable[[], int]
-) -> None:
+    address: str | None, cores: int, environment: Mapping[str, str], matrix_bytes: Callable[[], int]
+) -> str:
+    """Start Ray here, or connect to it; the folder of the object store if it isn't shared memory."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would swallow Ctrl-C, then and later
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints a banner even when told to be silent
@@ -142,14 +183,21 @@ def _start(
     if environment:
         quiet["runtime_env"] = {"env_vars": dict(environment)}
     if address is None:
+        matrix = matrix_bytes()
+        size = object_store_bytes(matrix)
+        folder = object_store_folder(size)
+        # Who reads a matrix has it twice for a moment, in its own memory and in the store.
+        memory = max(available_memory() - size - matrix, LEAST_MEMORY)
         ray.init(
             num_cpus=cores + SPARE_CPUS,
             include_dashboard=False,
-            object_store_memory=object_store_bytes(store_bytes()),
+            object_store_memory=size,
+            _memory=memory,
+            _plasma_directory=folder or None,
             _temp_dir=_temporary_folder(),
             **quiet,
         )
-        return
+        return folder
     try:
         _check_port(address)
         ray.init(address=address, **quiet)
@@ -158,6 +206,7 @@ def _start(
             f"no Ray cluster answers at '{address}' ({str(error).splitlines()[0]}); start one with "
             "`ray start --head` or `ray up cluster.yaml`, or leave --address out to run on this machine"
         ) from None
+    return ""
 
 
 def _check_port(address: str) -> None:
@@ -165,11 +214,6 @@ def _check_port(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def backbone_actors(cluster: Cluster, resources: Resources) -> tuple[int, float]:
@@ -198,10 +242,7 @@ def backbone_actors(cluster: Cluster, resources: Resources) -> tuple[int, float]
 
 
 def trial_resources(cluster: Cluster, resources: Resources) -> dict[str, float]:
-    """CPUs and GPUs of one trial.
-
-    Raises UserError when no trial fits the cluster.
-    """
+    """CPUs and GPUs of one trial. Raises UserError when no trial fits the cluster."""
     gpus = resources.gpus_per_trial
     if gpus is None:
         gpus = 1.0 if cluster.gpus else 0.0
@@ -211,6 +252,23 @@ def trial_resources(cluster: Cluster, resources: Resources) -> dict[str, float]:
             f"cluster's {cluster.cpus} CPUs and {cluster.gpus} GPUs"
         )
     return {"cpu": resources.cpus_per_trial, "gpu": gpus}
+
+
+def reserved_memory(cluster: Cluster, wanted: int, what: str) -> int:
+    """Bytes that Ray sets apart for work that takes ``wanted``, so that not too much runs side by side.
+
+    Nothing for what is small. Raises UserError where a cluster that was started here never has as much; nodes
+    that are to come to others may.
+    """
+    if wanted < RESERVED_FROM:
+        return 0
+    if wanted > cluster.memory_bytes and cluster.local:
+        raise UserError(
+            f"{what} takes {wanted / GIB:.1f} GiB of memory, of which {cluster.memory_bytes / GIB:.1f} are "
+            "free beside the object store: expected features.precision: float16, a lower "
+            "resources.memory_per_trial_gb, or no grid.target_size as large; or a larger machine"
+        )
+    return wanted
 
 
 def concurrent_trials(cluster: Cluster, resources: Resources) -> int | None:

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from h2t.errors import UserError
-from pipelines.cluster import LONGEST_FOLDER, available_cores
+from pipelines.cluster import LONGEST_FOLDER
 from pipelines.config import Config
+from pipelines.machine import GIB, available_cores, available_memory, container_cores, memory_limit
 from pipelines.run_directory import RunDirectory
 
 Result = Literal["PASS", "WARN", "FAIL"]
-GIB = 2**30
 N_SAMPLED = 3  # images of each split that are decoded
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def _packages() -> Finding:
 
 
 def _cores() -> Finding:
-    cores, share = available_cores(), _cgroup_cores()
+    cores, share = available_cores(), container_cores()
     if share is not None and share < cores:
         return Finding(
             "cores", "WARN", f"{cores} are seen, a container limits them to {share:g}",
@@ -105,38 +104,12 @@ def _cores() -> Finding:
     return Finding("cores", "PASS", str(cores))
 
 
-def _cgroup_cores() -> float | None:
-    try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else int(quota) / int(period)
-
-
 def _memory() -> Finding:
-    limit, free = memory_limit(), _available_memory()
+    limit, free = memory_limit(), available_memory()
     text = f"{free / GIB:.1f} of {limit / GIB:.1f} GiB free"
     if free < 4 * GIB:
         return Finding("memory", "WARN", text, "a run takes 3 GiB and more: end other programs")
     return Finding("memory", "PASS", text)
-
-
-def memory_limit() -> int:
-    """Bytes of memory that this process may use: the machine's, or its container's."""
-    import psutil
-
-    total = int(psutil.virtual_memory().total)
-    try:
-        text = (CGROUP / "memory.max").read_text().strip()
-    except OSError:
-        return total
-    return total if text == "max" else min(total, int(text))
-
-
-def _available_memory() -> int:
-    import psutil
-
-    return min(int(psutil.virtual_memory().available), memory_limit())
 
 
 def _shared_memory() -> Finding:

@@ -9,15 +9,15 @@ import numpy as np
 from h2t.backbones.pretrained import find_weights, name_in_timm, weights_identity
 from h2t.costs import measure_backbone
 from pipelines.artifacts import backbone_folder, bad_rows, features, features_key, manifest, write_rows
-from pipelines.backbone import layouts, load
+from pipelines.backbone import layouts
 from pipelines.config import Config
 from pipelines.feature_files import FeatureTable, write_features
-from pipelines.products import Gap, RowFiles, Shard, count_rows, shards
+from pipelines.products import Gap, RowFiles, Shard, count_rows
 from pipelines.run_directory import RunDirectory
 from pipelines.run_record import package_versions
 from pipelines.schemas import BAD_ROWS
 from pipelines.session import Advance, Session, Step
-from pipelines.shard_stream import FeatureReader, Seen, process_shards
+from pipelines.shard_stream import FeatureReader, Seen, process_shards, shards_for
 from pipelines.task_data import TaskData
 
 
@@ -33,8 +33,12 @@ def feature_products(session: Session) -> list[RowFiles]:
 
 def make_features(session: Session, gaps: Sequence[Gap], advance: Advance) -> None:
     """Write the rows that are missing; one forward pass serves all target sizes."""
-    missing = shards(gaps, session.config.resources.shard_size)
-    process_shards(session, missing, partial(FeatureWriter, session.run, session.config), advance)
+    process_shards(
+        session,
+        shards_for(session, gaps),
+        partial(FeatureWriter, session.run, session.config),
+        advance,
+    )
 
 
 class FeatureWriter:
@@ -71,8 +75,7 @@ def make_manifests(session: Session, tasks: Sequence[str], advance: Advance) -> 
     if not tasks:
         return
     config = session.config
-    backbone = load(config.backbone, weights="random")  # neither taps nor costs depend on the weights
-    cost = measure_backbone(backbone)
+    cost = measure_backbone(session.backbone)  # which does not depend on the weights
     section = config.backbone
     weights = weights_identity(section.name, section.weights, section.sha256)
     if section.weights != "random":
@@ -81,11 +84,11 @@ def make_manifests(session: Session, tasks: Sequence[str], advance: Advance) -> 
         (name,) = manifest(task).units
         content = {
             "task": task.name,
-            "backbone": section.model_dump() | {"loaded": weights, "embedding": backbone.embedding},
+            "backbone": section.model_dump() | {"loaded": weights, "embedding": session.backbone.embedding},
             "cost": asdict(cost),
             "taps": {
                 str(size): dict(zip(layout.taps, layout.widths, strict=True))
-                for size, layout in layouts(config, backbone).items()
+                for size, layout in session.layouts.items()
             },
             "images": task.sources["train"][0].provenance(),
             "n_images": {split: len(labels) for split, labels in task.labels.items()},

@@ -27,12 +27,12 @@ from pipelines.config import Config
 from pipelines.finetune_predict import FinetunedPredictor
 from pipelines.finetune_trial import run_training
 from pipelines.jobs import Job, run_jobs
-from pipelines.products import Files, Gap, RowFiles, count_rows, shards
+from pipelines.products import Files, Gap, RowFiles, count_rows
 from pipelines.results import Outcome, result_rows
 from pipelines.run_directory import RunDirectory
 from pipelines.schemas import CHOSEN, RESULTS
 from pipelines.session import Advance, Session, Step
-from pipelines.shard_stream import process_shards
+from pipelines.shard_stream import process_shards, shards_for
 from pipelines.task_data import TaskData
 from pipelines.worker_errors import raise_user_error
 
@@ -247,7 +247,7 @@ def prediction_product(task: TaskData, run: RunDirectory) -> RowFiles:
 def make_predictions(session: Session, gaps: Sequence[Gap], advance: Advance) -> None:
     """Stream the test images whose predictions are missing through all adapted models."""
     models = {name: final_trainings(task, session.run) for name, task in session.tasks.items()}
-    missing = shards(gaps, session.config.resources.shard_size)
+    missing = shards_for(session, gaps)
     process_shards(session, missing, partial(FinetunedPredictor, session.run, models), advance)
 
 

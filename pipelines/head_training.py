@@ -4,7 +4,6 @@ import json
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,19 +11,26 @@ import ray
 import torch
 
 from h2t.adapter import save_head
+from h2t.costs import fitting_flops, shared_training
 from h2t.device import default_device, processor
 from h2t.errors import UserError
 from h2t.head2toe import Head, fit
 from h2t.hyperparameters import Hyperparameters
+from h2t.methods import METHODS
 from pipelines.artifacts import HeadToTrain, features, identified_backbone
-from pipelines.cluster import trial_resources
-from pipelines.feature_files import FeatureMatrix, read_features
+from pipelines.cluster import reserved_memory, slots, trial_resources
+from pipelines.feature_cache import cached_features, feature_cache
+from pipelines.feature_files import FeatureMatrix
 from pipelines.model_files import read_head
+from pipelines.packing import pieces
+from pipelines.products import RowFiles
 from pipelines.run_directory import RunDirectory
 from pipelines.scope import EVERYTHING, Scope
 from pipelines.session import Advance, Session
 from pipelines.task_data import TaskData
 from pipelines.worker_errors import raise_user_error, user_error_of
+
+PROCESS_BYTES = 2**29  # of a worker that has loaded torch
 
 
 def shuffle_of(task: TaskData, fold: int | None) -> tuple[int, int]:
@@ -73,23 +79,74 @@ def fit_heads(
     )
 
 
+def training_memory(
+    session: Session, task: str, points: Sequence[Hyperparameters], scope: Scope, n_seeds: int = 1
+) -> int:
+    """Bytes that training takes beside the matrix of features: a copy of it, the heads and the process."""
+    config, data = session.config, session.tasks[task]
+    layout = session.layouts[points[0].target_size]
+    on_all = {shared_training(p) for p in points if METHODS[p.method].features != "embedding"}
+    widths = dict(zip(layout.taps, layout.widths, strict=True))
+    width = layout.n_features if on_all else widths[session.backbone.embedding]
+    if on_all and scope.taps:
+        width += sum(widths[tap] for tap in scope.taps)  # a copy of these columns, which are then normalised
+    heads = 3 * 4 * width * data.n_classes * n_seeds * max(len(on_all), 1)
+    copy = 4 * len(data.labels[data.fold_split]) * width
+    return copy + min(heads, int(config.resources.memory_per_trial_gb * 2**30)) + PROCESS_BYTES
+
+
 def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advance) -> None:
-    """Train the chosen points on all training images; heads of equal features together, as a Ray task."""
+    """Train the chosen points on all training images; heads of equal features together, as a Ray task.
+
+    Where devices are many, heads that share no training are cut further.
+    """
     cluster, run = session.cluster, session.run
     resources = trial_resources(cluster, session.config.resources)
     # The logical CPUs of a cluster that was started here are more than its cores.
     cpus = max(resources["cpu"], cluster.cpus / cluster.cores if cluster.local else 0)
-    train = train_together.options(num_cpus=cpus, num_gpus=resources["gpu"])
-    ordered = sorted(missing, key=lambda job: (job.task, job.point.target_size))
-    pending = {}
-    for (name, size), group in groupby(ordered, lambda job: (job.task, job.point.target_size)):
-        task, jobs = session.tasks[name], list(group)
-        pending[train.remote(task, jobs, features(task, "train", size).names(run), run)] = jobs
-    while pending:
-        (finished,), _ = ray.wait(list(pending), num_returns=1)
-        raise_user_error([_outcome(finished, pending[finished][0].task)])
-        jobs = pending.pop(finished)
-        advance(len(jobs), jobs[0].task)
+    tables: dict[tuple[str, int], RowFiles] = {}
+    groups: dict[tuple[str, int], dict[Any, list[HeadToTrain]]] = {}
+    for job in missing:
+        key = job.task, job.point.target_size
+        tables[key] = features(session.tasks[job.task], "train", key[1])
+        shared = shared_training(job.point), job.seed, job.scope
+        groups.setdefault(key, {}).setdefault(shared, []).append(job)
+    for table in tables.values():
+        table.names(run)  # raises where some are not there
+    parts = pieces(
+        [list(group.values()) for group in groups.values()],
+        lambda jobs: _flops(session, jobs),
+        slots(cluster, resources | {"cpu": cpus}),
+        per_slot=1,
+    )
+    with feature_cache(session, tables) as cache:
+        pending = {}
+        for part in parts:
+            jobs = [job for members in part for job in members]
+            task, points = session.tasks[jobs[0].task], list({job.point for job in jobs})
+            n_seeds = len({job.seed for job in jobs})
+            wanted = max(
+                training_memory(session, task.name, points, scope, n_seeds)
+                for scope in {job.scope for job in jobs}
+            )
+            what = f"{task.name}: training heads at target size {points[0].target_size}"
+            train = train_together.options(
+                num_cpus=cpus, num_gpus=resources["gpu"], memory=reserved_memory(cluster, wanted, what)
+            )
+            pending[train.remote(task, jobs, cache, run)] = jobs
+        while pending:
+            (finished,), _ = ray.wait(list(pending), num_returns=1)
+            raise_user_error([_outcome(finished, pending[finished][0].task)])
+            jobs = pending.pop(finished)
+            advance(len(jobs), jobs[0].task)
+
+
+def _flops(session: Session, jobs: Sequence[HeadToTrain]) -> int:
+    task, points = session.tasks[jobs[0].task], [job.point for job in jobs]
+    layout, n_images = session.layouts[points[0].target_size], len(task.labels["train"])
+    return fitting_flops(
+        points, layout, session.backbone.embedding, task.n_classes, n_images, session.config.batch_size
+    )
 
 
 def _outcome(finished: ray.ObjectRef, task: str) -> str:
@@ -106,12 +163,12 @@ def _outcome(finished: ray.ObjectRef, task: str) -> str:
 # The process ends with the task: an idle one would hold its memory, and its GPU's, beside the actors to come.
 @ray.remote(max_retries=2, max_calls=1)
 def train_together(
-    task: TaskData, jobs: Sequence[HeadToTrain], feature_files: Sequence[str], run: RunDirectory
+    task: TaskData, jobs: Sequence[HeadToTrain], cache: ray.actor.ActorHandle, run: RunDirectory
 ) -> str:
     """Train heads on the same features and save them; the text of a user's mistake, if there is one."""
 
     def train() -> None:
-        matrix = read_features(run, feature_files)
+        matrix = cached_features(cache, task.name, jobs[0].point.target_size)
         by_scope: dict[Scope, list[HeadToTrain]] = {}
         for job in jobs:
             by_scope.setdefault(job.scope, []).append(job)

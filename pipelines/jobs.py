@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.search import Searcher
 
 from h2t.errors import UserError
 from pipelines.run_directory import RunDirectory
@@ -29,12 +30,14 @@ KEPT_LOGS = (
 @dataclass(frozen=True)
 class Job:
     """Work of one Tune trial. ``name``: readable, part of file names; ``config``: plain values that say what
-    it is; ``work``: what ``run`` is given; ``n_units``: how far its end advances the progress."""
+    it is; ``work``: what ``run`` is given; ``n_units``: how far its end advances the progress; ``memory``:
+    bytes that are set apart for it."""
 
     name: str
     config: dict[str, Any]
     work: Any
     n_units: int = 1
+    memory: int = 0
 
 
 def run_jobs(
@@ -47,22 +50,28 @@ def run_jobs(
     resources: dict[str, float],
     concurrent: int | None,
     on_done: Callable[[Job], None],
+    ready: Callable[[Job], bool] | None = None,
 ) -> None:
     """Call ``run(job.work, shared)`` in a trial for every job; what it yields are the trial's reports.
 
     ``shared`` is stored once and read by all trials; ``concurrent`` bounds the trials side by side (None: by
-    ``resources`` alone). Raises UserError for a user's mistake in a job, or when jobs keep failing.
+    ``resources`` alone); ``ready``: whether a job may begin yet, of those that wait for other work (None: all
+    may), or NoMoreJobs. Raises UserError for a user's mistake in a job, or when jobs keep failing.
     """
     by_name = {job.name: job for job in jobs}
     payloads = {name: job.work for name, job in by_name.items()}
-    space = [{"name": job.name, **job.config} for job in jobs]
+    memory = {name: job.memory for name, job in by_name.items()}
+    space = [_described(job) for job in jobs]
     with tempfile.TemporaryDirectory() as scratch:
         outcome = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_trainable, payloads=payloads, run=run, shared=shared), resources
+                tune.with_parameters(_trainable, payloads=payloads, run=run, shared=shared),
+                lambda config: _bundle(resources, memory[config["job"]["name"]]),
             ),
-            param_space={"job": tune.grid_search(space)},
+            param_space={} if ready else {"job": tune.grid_search(space)},
             tune_config=tune.TuneConfig(
+                search_alg=_WhenReady(jobs, ready) if ready else None,
+                num_samples=len(jobs) if ready else 1,
                 reuse_actors=True,
                 max_concurrent_trials=concurrent,
                 trial_name_creator=_trial_name,
@@ -92,6 +101,49 @@ def _trainable(config: dict[str, Any], payloads: dict[str, Any], run: Any, share
 
     if user_error := user_error_of(work):
         tune.report({"user_error": user_error})
+
+
+def _described(job: Job) -> dict[str, Any]:
+    return {"name": job.name, **job.config}
+
+
+class NoMoreJobs(Exception):
+    """What jobs have waited for does not come."""
+
+
+class _WhenReady(Searcher):
+    """Jobs in their order, but for those that are not ready yet."""
+
+    def __init__(self, jobs: Sequence[Job], ready: Callable[[Job], bool]) -> None:
+        super().__init__(metric="best", mode="max")
+        self.jobs, self.ready = list(jobs), ready
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune saves it at the start, for a way to resume that is not used here
+
+    def suggest(self, trial_id: str) -> Any:
+        try:
+            job = next(filter(self.ready, self.jobs), None)
+        except NoMoreJobs:
+            return Searcher.FINISHED
+        if job is None:
+            return None
+        self.jobs.remove(job)
+        return {"job": _described(job)}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+
+def _bundle(resources: dict[str, float], memory: int) -> tune.PlacementGroupFactory:
+    named = {"CPU": resources["cpu"], "GPU": resources.get("gpu", 0), "memory": memory}
+    return tune.PlacementGroupFactory([{name: amount for name, amount in named.items() if amount}])
 
 
 def _trial_name(trial: Any) -> str:

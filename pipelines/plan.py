@@ -9,14 +9,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 
 import numpy as np
 import torch
 
 from h2t.backbones.loading import Backbone
 from h2t.backbones.tap_reader import TapReader
-from h2t.costs import BackboneCost, finetuning_flops, head_flops, measure_backbone
+from h2t.costs import (
+    BackboneCost,
+    finetuning_flops,
+    fitting_flops,
+    head_flops,
+    measure_backbone,
+    shared_training,
+)
 from h2t.device import default_device
 from h2t.features import FeatureLayout
 from h2t.head2toe import fit
@@ -25,6 +31,7 @@ from h2t.methods import METHODS
 from h2t.precision import BYTES
 from pipelines.backbone import layouts, load
 from pipelines.config import Config
+from pipelines.shard_stream import SHARDS_PER_ACTOR
 from pipelines.task_data import TaskData, open_task
 
 DEVICES = (1, 8, 64, 512)
@@ -41,7 +48,7 @@ MOST_TOGETHER = 16  # heads of a calibration
 
 @dataclass(frozen=True)
 class StagePlan:
-    """The work of one stage; ``units``: its largest number of pieces that can run side by side."""
+    """The work of one stage, cut into ``units``, or into ``finest`` where devices are many."""
 
     stage: str
     work: str
@@ -49,6 +56,11 @@ class StagePlan:
     bytes_written: float
     units: int
     seconds: float
+    finest: int = 0
+
+    def pieces(self, devices: int) -> int:
+        """How many pieces the work is cut into for so many devices."""
+        return max(self.units, min(self.finest, SHARDS_PER_ACTOR * devices))
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,17 @@ class _Facts:
         number = BYTES[self.config.features.precision]
         return number * self.n_stored * sum(layout.n_features for layout in self.layouts.values())
 
+    def fitting(self, task: TaskData, points: Sequence[Hyperparameters], share: float = 1.0) -> int:
+        """Operations of training points on a share of a task's images."""
+        n_images = max(1, int(share * len(task.labels["train"])))
+        return sum(
+            fitting_flops(
+                [point for point in points if point.target_size == size], layout, self.backbone.embedding,
+                task.n_classes, n_images, self.config.batch_size,
+            )
+            for size, layout in self.layouts.items()
+        )  # fmt: skip
+
     @property
     def n_test(self) -> int:
         return sum(len(task.labels["test"]) for task in self.tasks)
@@ -124,7 +147,9 @@ def calibrate(facts: _Facts, cores: int = 1) -> Rates:
         rate = CALIBRATION_IMAGES / (time.perf_counter() - started)
     size = min(facts.layouts)
     points = [p for name in facts.methods for p in facts.config.search_space(name) if p.target_size == size]
-    together = len({_scoring(p) for p in points if METHODS[p.method].features != "embedding" and p.steps})
+    together = len(
+        {shared_training(p) for p in points if METHODS[p.method].features != "embedding" and p.steps}
+    )
     few = sum(METHODS[name].features != "embedding" and not METHODS[name].solver for name in facts.methods)
     most = max(1, min(together, MOST_TOGETHER))
     return Rates(rate, _head_rate(facts, most, device), _head_rate(facts, max(1, few), device), device)
@@ -154,57 +179,28 @@ def _frozen(facts: _Facts, rates: Rates) -> Iterator[StagePlan]:
     yield StagePlan(
         "extract", f"{facts.n_stored:,} images", float(facts.n_stored * cost.forward_flops),
         float(facts.feature_bytes), shards, facts.n_stored / rates.images + STAGE_S,
+        math.ceil(facts.n_stored / config.resources.images_per_forward),
     )  # fmt: skip
     points = [point for method in facts.methods for point in config.search_space(method)]
     n_folds = config.cross_validation.n_folds
-    trainings = sum(
-        n_folds * training_flops(facts, task, points, share=1 - 1 / n_folds) for task in facts.tasks
-    )
+    trainings = float(sum(n_folds * facts.fitting(task, points, 1 - 1 / n_folds) for task in facts.tasks))
     n_trials = len(points) * n_folds * len(facts.tasks)
     packs = n_folds * len(facts.tasks) * len(facts.layouts)
     yield StagePlan(
         "sweep", f"{n_trials:,} trials", trainings, 300.0 * n_trials, packs,
         trainings / rates.head_flops + JOB_S * packs + STAGE_S,
+        n_folds * len(facts.tasks) * len(set(map(shared_training, points))),
     )  # fmt: skip
     chosen = [next(point for point in points if point.method == method) for method in facts.methods]
-    finals = sum(len(config.seeds) * training_flops(facts, task, chosen) for task in facts.tasks)
+    finals = float(sum(len(config.seeds) * facts.fitting(task, chosen) for task in facts.tasks))
     n_heads = len(chosen) * len(config.seeds) * len(facts.tasks)
     yield StagePlan(
         "evaluate", f"{n_heads:,} heads, {facts.n_test:,} test images",
         finals + facts.n_test * cost.forward_flops, 20.0 * n_heads * facts.n_test / max(len(facts.tasks), 1),
         math.ceil(facts.n_test / config.resources.shard_size),
         finals / rates.final_flops + facts.n_test / rates.images + 2 * STAGE_S + RESULTS_S * len(facts.tasks),
+        math.ceil(facts.n_test / config.resources.images_per_forward),
     )  # fmt: skip
-
-
-def training_flops(
-    facts: _Facts, task: TaskData, points: Sequence[Hyperparameters], share: float = 1.0
-) -> float:
-    """Operations of training points on a share of a task's images; a scoring phase counts once for all F."""
-    total, batch = 0.0, min(facts.config.batch_size, max(1, int(share * len(task.labels["train"]))))
-
-    for _, group in groupby(sorted(points, key=_scoring), key=_scoring):
-        members = list(group)
-        layout = facts.layouts[members[0].target_size]
-        widths = dict(zip(layout.taps, layout.widths, strict=True))
-        method, steps = METHODS[members[0].method], members[0].steps
-        if method.features == "embedding":
-            total += head_flops(widths[facts.backbone.embedding], task.n_classes, max(steps, 1), batch)
-            continue
-        n_features = layout.n_features
-        if method.scored:
-            total += head_flops(n_features, task.n_classes, max(steps, 1), batch)
-        kept = [int(n_features * p.keep_fraction) for p in members if METHODS[p.method].features == "kept"]
-        total += head_flops(sum(kept), task.n_classes, steps, batch)
-    return total
-
-
-def _scoring(point: Hyperparameters) -> str:
-    """What says that points share their training on all features, or on the embedding."""
-    method = METHODS[point.method]
-    parts = (method.regularizer, point.target_size, point.learning_rate, point.steps, point.coefficient,
-             method.normalization, method.scored, method.solver, method.features == "embedding")  # fmt: skip
-    return str(parts)
 
 
 def _finetuned(facts: _Facts, rates: Rates) -> Iterator[StagePlan]:
@@ -232,8 +228,9 @@ def _finetuned(facts: _Facts, rates: Rates) -> Iterator[StagePlan]:
 
 def seconds_on(stage: StagePlan, devices: int) -> float:
     """Wall time on so many devices: the work is cut into units, and no device has half of one."""
-    rounds = math.ceil(stage.units / devices) / max(stage.units, 1)
-    driver = stage.units * DRIVER_S.get(stage.stage, 0.0)
+    units = stage.pieces(devices)
+    rounds = math.ceil(units / devices) / max(units, 1)
+    driver = units * DRIVER_S.get(stage.stage, 0.0)
     return max((stage.seconds - STAGE_S) * rounds, driver) + STAGE_S
 
 

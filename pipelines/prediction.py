@@ -14,10 +14,10 @@ from h2t.head2toe import HeadBank
 from pipelines.artifacts import HeadToTrain
 from pipelines.config import Config
 from pipelines.model_files import read_head
-from pipelines.products import Gap, Shard, shards
+from pipelines.products import Gap, Shard
 from pipelines.run_directory import RunDirectory
 from pipelines.session import Advance, Session
-from pipelines.shard_stream import FeatureReader, Seen, process_shards
+from pipelines.shard_stream import FeatureReader, Seen, process_shards, shards_for
 from pipelines.task_data import TaskData
 
 Tables = Mapping[str, Mapping[str, Sequence[HeadToTrain]]]
@@ -32,7 +32,7 @@ def stream_predictions(
     """Stream the test images whose predictions are missing through the heads of all tables that lack them."""
     jobs = [job for of_task in tables.values() for jobs in of_task.values() for job in jobs]
     sizes = sorted({job.point.target_size for job in jobs})
-    missing = shards(gaps, session.config.resources.shard_size)
+    missing = shards_for(session, gaps)
     step = partial(Predictor, session.run, tables, make_table, sizes, session.config)
     process_shards(session, missing, step, advance)
 

@@ -16,7 +16,7 @@ from pipelines.lock import locked
 from pipelines.progress import StageProgress
 from pipelines.run_directory import RunDirectory, damaged_file
 from pipelines.run_record import write_record
-from pipelines.session import Advance, Product, Session, Step
+from pipelines.session import Advance, Background, Product, Session, Step
 from pipelines.status import StepNote, StepRecorder, by_tasks
 
 STAGES: dict[str, Sequence[Step]] = {
@@ -52,11 +52,7 @@ def run_stages(
         mended: set[str] = set()
         while True:
             try:
-                for stage in stages:
-                    started = time.monotonic()
-                    for step in STAGES[stage]:
-                        run_step(session, step, stage)
-                    seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - started
+                _run_in_turn(session, stages, seconds)
                 break
             except UserError as error:  # of a file that was found to be damaged when it was used
                 name = damaged_file(error)
@@ -68,6 +64,41 @@ def run_stages(
         if "study" in stages:
             seconds["study"] += run_recipes(config, uri, console, address)
     return seconds
+
+
+def _run_in_turn(session: Session, stages: Sequence[str], seconds: dict[str, float]) -> None:
+    """Run stages, but for those that can run side by side; adds to the ``seconds`` of each."""
+
+    def run_stage(stage: str) -> None:
+        started = time.monotonic()
+        for step in STAGES[stage]:
+            run_step(session, step, stage)
+        seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - started
+
+    waiting = list(stages)
+    if waiting[:2] == ["extract", "sweep"] and sweeps_what_comes(session):
+        waiting = waiting[2:]
+        session.extraction = Background(lambda: run_stage("extract"))
+        session.extraction.start()
+        try:
+            run_stage("sweep")
+        except Exception:
+            session.extraction.wait()  # which may have failed first, and goes on with what it has begun
+            raise
+        else:
+            session.extraction.wait()
+        finally:
+            session.extraction = None
+    for stage in waiting:
+        run_stage(stage)
+
+
+def sweeps_what_comes(session: Session) -> bool:
+    """Whether a task's trials run while the features of others are computed.
+
+    On GPUs, that is: the last actors of an extraction leave some idle. On a CPU nothing would be won.
+    """
+    return bool(missing_units(session, extract.STEPS[0]) and session.cluster.gpus)
 
 
 def run_recipes(config: Config, uri: str, console: Console, address: str | None) -> float:
@@ -93,8 +124,7 @@ def precisions(config: Config) -> set[str]:
 
 def run_step(session: Session, step: Step, stage: str) -> int:
     """Set aside what is stale or damaged and make what is missing; how many units that was."""
-    products = step.products(session)
-    missing = [unit for product in products for unit in _reconcile(session, step, product)]
+    missing = missing_units(session, step)
     total = step.count(missing)
     if step.brief:
         step.make(session, missing, lambda count, note: None)
@@ -107,9 +137,14 @@ def run_step(session: Session, step: Step, stage: str) -> int:
             StepRecorder(session.run, note) as recorder,
         ):
             step.make(session, missing, in_both(progress.advance, recorder.advance))
-    elif products:
+    elif step.products(session):
         session.console.print(f"{step.title:<9} nothing to do: all {step.unit} are there")
     return total
+
+
+def missing_units(session: Session, step: Step) -> list[Any]:
+    """The units that a step is to make, once what is stale or damaged is set aside."""
+    return [unit for product in step.products(session) for unit in _reconcile(session, step, product)]
 
 
 def in_both(first: Advance, second: Advance) -> Advance:

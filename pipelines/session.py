@@ -3,11 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Thread
 from typing import Any, Protocol
 
 from rich.console import Console
 
+from h2t.backbones.loading import Backbone
 from h2t.device import STRICT
+from h2t.features import FeatureLayout
 from h2t.precision import BYTES
 from pipelines.backbone import layouts, load
 from pipelines.cluster import Cluster, connect
@@ -19,14 +22,40 @@ Advance = Callable[[int, str], None]
 """Counts units that are done, and says where they were."""
 
 
-@dataclass(frozen=True)
+class Background(Thread):
+    """Work in a thread of its own, which ends with the process. ``error``: what it ended with."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self.work = work
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Do the work."""
+        try:
+            self.work()
+        except BaseException as error:  # for the thread that waits
+            self.error = error
+
+    def wait(self) -> None:
+        """Until the work is done. Raises what it raised."""
+        self.join()
+        if self.error:
+            raise self.error
+
+
+@dataclass(eq=False)
 class Session:
-    """One run: its recipe, opened tasks, directory and screen. The cluster starts when it is first needed."""
+    """One run: its recipe, opened tasks, directory and screen. The cluster starts when it is first needed.
+
+    ``extraction``: that of the features which the sweep takes as they come, where both run side by side.
+    """
 
     config: Config
     run: RunDirectory
     console: Console
     address: str | None = None
+    extraction: Background | None = None
 
     @cached_property
     def tasks(self) -> Mapping[str, TaskData]:
@@ -37,17 +66,32 @@ class Session:
     def cluster(self) -> Cluster:
         """The Ray cluster, connected to or started here with room for two feature matrices."""
         environment = STRICT if self.config.deterministic == "strict" else None
-        return connect(
-            self.address, environment=environment, store_bytes=lambda: 2 * max(self.matrix_bytes.values())
+        cluster = connect(
+            self.address, environment=environment, matrix_bytes=lambda: max(self.matrix_bytes.values())
         )
+        if cluster.store_folder:
+            self.console.print(
+                f"features are shared through files in {cluster.store_folder}: shared memory has no room "
+                "for them (in a container: --shm-size)"
+            )
+        return cluster
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The backbone with random weights, of which taps, widths and costs are known."""
+        return load(self.config.backbone, weights="random")
+
+    @cached_property
+    def layouts(self) -> Mapping[int, FeatureLayout]:
+        """The taps and their widths, by target size."""
+        return layouts(self.config, self.backbone)
 
     @cached_property
     def matrix_bytes(self) -> Mapping[int, int]:
-        """Bytes of the largest task's matrix of features that are folded, by target size."""
-        by_size = layouts(self.config, load(self.config.backbone, weights="random"))
+        """Bytes of the largest task's matrix of features that are trained on, by target size."""
         number = BYTES[self.config.features.precision]
-        n_rows = max(len(task.labels[task.fold_split]) for task in self.tasks.values())
-        return {size: number * n_rows * layout.n_features for size, layout in by_size.items()}
+        n_rows = max(len(task.labels[split]) for task in self.tasks.values() for split in task.stored_splits)
+        return {size: number * n_rows * layout.n_features for size, layout in self.layouts.items()}
 
 
 class Product(Protocol):

@@ -4,12 +4,14 @@ A decoding task reads encoded bytes, pixels of bounded size travel from there to
 comes back. The actor writes its results itself, so nothing large passes the object store.
 """
 
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from queue import Empty, Queue
 from typing import Any, Protocol
 
@@ -28,7 +30,7 @@ from pipelines.artifacts import backbone_folder, bad_rows_file, write_rows
 from pipelines.backbone import load, preprocessing_of
 from pipelines.cluster import POOL_NOISE, backbone_actors, without_line
 from pipelines.config import Config
-from pipelines.products import Shard
+from pipelines.products import Gap, Shard, count_rows, shards
 from pipelines.schemas import BAD_ROWS
 from pipelines.session import Advance, Session
 from pipelines.task_data import Split, TaskData, refuse_bad_rows
@@ -39,6 +41,7 @@ READ_AT_ONCE = 16  # images: as many as an object store is asked for side by sid
 BAD_ROW = pa.struct([field for field in BAD_ROWS if field.name != "backbone"])
 
 
+SHARDS_PER_ACTOR = 4
 Seen = Callable[[int], None]
 LOOKED_EVERY_S = 2.0
 LIVES = 3  # workers that a shard may take with it; Ray by itself would start another one for ever
@@ -57,6 +60,19 @@ class ShardStep(Protocol):
         ...
 
 
+def shards_for(session: Session, gaps: Sequence[Gap]) -> list[Shard]:
+    """Cut gaps for the actors of the cluster: ``resources.shard_size`` rows, or fewer where actors are many.
+
+    Fewer than one forward pass takes would waste it.
+    """
+    resources = session.config.resources
+    actors, _ = backbone_actors(session.cluster, resources)
+    if actors == 1:
+        return shards(gaps, resources.shard_size)
+    share = math.ceil(count_rows(gaps) / (actors * SHARDS_PER_ACTOR))
+    return shards(gaps, min(resources.shard_size, max(share, resources.images_per_forward)))
+
+
 def process_shards(
     session: Session, shards: Sequence[Shard], make_step: Callable[[], ShardStep], advance: Advance
 ) -> None:
@@ -70,7 +86,8 @@ def process_shards(
     _ = session.cluster  # else the first actor would start a Ray of its own
     counter = ImageCounter.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     with CountedImages(counter, shards, advance) as counted:
-        for row in watched(stream_shards(session, shards, make_step, counter), counted, session.config):
+        rows = stream_shards(session, shards, make_step, counter)
+        for row in watched(rows, counted, session.config, partial(devices_lack, session)):
             if row["deadly"]:
                 deadly.append(row["deadly"])
                 continue
@@ -94,13 +111,19 @@ def process_shards(
 class ImageCounter:
     """How many images of every task and split the actors have done: a slow shard is seen to move.
 
-    ``moves`` counts whatever happens: images that are read or done, and workers that begin.
+    ``moves`` counts whatever happens: images that are read or done, and workers that begin; ``actors``: those
+    that were started.
     """
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
-        self.moves = 0
+        self.moves = self.actors = 0
         self.begun: Counter[int] = Counter()
+
+    def start(self) -> None:
+        """Count an actor that starts."""
+        self.moves += 1
+        self.actors += 1
 
     def begin(self, shard: int) -> int:
         """Count a worker that begins a shard; which one it is."""
@@ -117,9 +140,9 @@ class ImageCounter:
         """Count images that are read."""
         self.moves += 1
 
-    def read(self) -> tuple[dict[str, int], int]:
+    def read(self) -> tuple[dict[str, int], int, int]:
         """What was counted so far."""
-        return self.counts, self.moves
+        return self.counts, self.moves, self.actors
 
 
 class CountedImages:
@@ -135,7 +158,7 @@ class CountedImages:
         self.total: Counter[str] = Counter()
         for shard in shards:
             self.total[f"{shard.task}/{shard.split}"] += len(shard.indices)
-        self.moves, self.moved = 0, time.monotonic()
+        self.moves, self.moved, self.actors = 0, time.monotonic(), 0
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._look, daemon=True)
 
@@ -164,17 +187,30 @@ class CountedImages:
     def _look(self) -> None:
         while not self.ended.wait(LOOKED_EVERY_S):
             with suppress(ray.exceptions.RayError):
-                counts, moves = ray.get(self.counter.read.remote(), timeout=LOOKED_EVERY_S)
+                counts, moves, self.actors = ray.get(self.counter.read.remote(), timeout=LOOKED_EVERY_S)
                 if moves != self.moves:
                     self.moves, self.moved = moves, time.monotonic()
                 for place, count in counts.items():
                     self._tell(place, count)
 
 
+def devices_lack(session: Session) -> str:
+    """What actors wait for that have not started: devices that others hold; "" where there are some."""
+    _, gpus = backbone_actors(session.cluster, session.config.resources)
+    kind, needed = ("GPU", gpus) if gpus else ("CPU", float(session.config.resources.cpus_per_actor))
+    free = ray.available_resources().get(kind, 0.0)
+    return "" if free >= needed else f"all {kind}s of the cluster are held by others"
+
+
 def watched(
-    rows: Iterator[dict[str, Any]], counted: CountedImages, config: Config
+    rows: Iterator[dict[str, Any]],
+    counted: CountedImages,
+    config: Config,
+    waits_for: Callable[[], str] = lambda: "",
 ) -> Iterator[dict[str, Any]]:
-    """The rows, as long as images are read or computed: slow is not stuck.
+    """The rows, as long as images are read or computed: slow is not stuck, nor is who waits for a device.
+
+    ``waits_for`` says what an actor could not be started for, and is asked where none was.
 
     Raises UserError where nothing of that has happened for the time that the recipe sets.
     """
@@ -195,6 +231,9 @@ def watched(
             item = taken.get(timeout=LOOKED_EVERY_S)
         except Empty:
             if time.monotonic() - counted.moved <= limit:
+                continue
+            if not counted.actors and waits_for():
+                counted.moved = time.monotonic()
                 continue
             done = f"{sum(counted.told.values())} of {sum(counted.total.values())} images are done"
             raise UserError(
@@ -257,6 +296,8 @@ class ShardActor:
 
     def __init__(self, shared: list[ray.ObjectRef], make_step: Callable[[], ShardStep]) -> None:
         self.shared, self.make_step = ray.get(shared[0]), make_step
+        if self.shared["counter"]:
+            self.shared["counter"].start.remote()
         self.user_error = user_error_of(self._start)
 
     def _start(self) -> None:

@@ -20,11 +20,11 @@ from rich.table import Table
 from h2t.images.preprocessing import prepare
 from pipelines.cli import shipped_recipes
 from pipelines.extract import FeatureWriter, feature_products
-from pipelines.products import Shard, shards
+from pipelines.products import Shard
 from pipelines.recipe import load_config
 from pipelines.run_directory import RunDirectory
 from pipelines.session import Session
-from pipelines.shard_stream import stream_shards
+from pipelines.shard_stream import shards_for, stream_shards
 
 
 def plain_loop(session: Session, threads: int) -> float:
@@ -44,7 +44,7 @@ def plain_loop(session: Session, threads: int) -> float:
 def missing_shards(session: Session) -> list[Shard]:
     """All shards of training images: nothing is there yet."""
     gaps = [gap for product in feature_products(session) for gap in product.missing(session.run, [])]
-    return shards(gaps, session.config.resources.shard_size)
+    return shards_for(session, gaps)
 
 
 def through_ray(session: Session, actors: int) -> tuple[float, float]:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,16 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from h2t.errors import UserError
 from pipelines import cluster
-from pipelines.cluster import _temporary_folder, connect, object_store_bytes
+from pipelines.cluster import (
+    Cluster,
+    _temporary_folder,
+    connect,
+    object_store_bytes,
+    object_store_folder,
+    reserved_memory,
+)
 from pipelines.feature_cache import matrices_kept
+from pipelines.machine import GIB
 
 CLUSTER = Path(__file__).parents[2] / "cluster.yaml"
 
@@ -113,14 +122,34 @@ print(ray.get(capability.remote()))
 def test_the_object_store_has_room_for_what_is_wanted_as_far_as_the_machine_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    memory, free = 32 << 30, 20 << 30
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=memory))
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
-    assert object_store_bytes(0) == 1 << 30
-    assert object_store_bytes(3 << 30) == 4 << 30
-    assert object_store_bytes(100 << 30) == 16 << 30  # half of the memory
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=64 << 20))
-    assert object_store_bytes(3 << 30) == 1 << 30  # Ray takes files then, and says so
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=32 * GIB))
+    assert [object_store_bytes(matrix * GIB) for matrix in (0, 3, 4, 8)] == [GIB, 7 * GIB, 5 * GIB, 9 * GIB]
+    assert object_store_bytes(100 * GIB) == 16 * GIB  # half of the memory
+
+
+def test_without_shared_memory_the_object_store_lies_on_a_disk_with_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    free = {"/dev/shm": 20 * GIB, str(tmp_path): 30 * GIB}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr("pipelines.cluster.LONGEST_FOLDER", 1000)
+    assert object_store_folder(10 * GIB) == ""
+    free["/dev/shm"] = 64 << 20  # as in a container that nobody told otherwise
+    assert object_store_folder(10 * GIB) == str(tmp_path)
+    free[str(tmp_path)] = 5 * GIB
+    with pytest.raises(UserError, match=r"no room in /dev/shm .*--shm-size.* 10\.0 GiB of room .* got 5\.0"):
+        object_store_folder(10 * GIB)
+
+
+def test_work_that_no_machine_has_the_memory_for_is_refused() -> None:
+    cluster = Cluster(4, 0, 1, True, 4, memory_bytes=8 * GIB)
+    assert reserved_memory(cluster, 100 << 20, "a trial") == 0
+    assert reserved_memory(cluster, 7 * GIB, "a trial") == 7 * GIB
+    with pytest.raises(UserError, match=r"^a trial takes 9\.0 GiB .* 8\.0 are free .*precision: float16"):
+        reserved_memory(cluster, 9 * GIB, "a trial")
+    elsewhere = replace(cluster, local=False)  # to which larger nodes may come
+    assert reserved_memory(elsewhere, 9 * GIB, "a trial") == 9 * GIB
 
 
 @pytest.mark.parametrize(("store", "kept"), [(1.5, 1), (2.2, 2), (100, 2)])

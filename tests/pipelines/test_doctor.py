@@ -43,7 +43,7 @@ def test_what_is_wrong_is_told_with_its_remedy(
 ) -> None:
     (tmp_path / "cpu.max").write_text("50000 100000")
     (tmp_path / "memory.max").write_text(str(GIB))
-    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    monkeypatch.setattr("pipelines.machine.CGROUP", tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**26, 0, 2**26))
     monkeypatch.setenv("RAY_TMPDIR", f"/tmp/{'long' * 20}")
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.dataset
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -29,7 +30,15 @@ from pipelines.run_directory import RunDirectory
 from pipelines.session import Session
 from pipelines.shard_stream import process_shards
 from pipelines.task_data import open_task
-from tests.pipelines.conftest import MEASURED, frame, output, result_rows, run_all, small_config
+from tests.pipelines.conftest import (
+    MEASURED,
+    frame,
+    output,
+    result_rows,
+    run_all,
+    small_config,
+    write_task,
+)
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -115,6 +124,31 @@ def test_results_do_not_depend_on_workers_or_on_how_trials_are_packed(
     np.testing.assert_allclose(
         result_rows(run)["validation_accuracy"], result_rows(finished)["validation_accuracy"]
     )
+
+
+def test_a_sweep_beside_the_extraction_gives_the_same(
+    finished: RunDirectory, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.run.sweeps_what_comes", lambda session: True)  # as on GPUs
+    run = RunDirectory(str(tmp_path))
+    seconds = run_stages(small_config(images), run.uri, list(STAGES)[:3], Console(quiet=True))
+    assert set(seconds) == {"extract", "sweep", "evaluate"}
+    pd.testing.assert_frame_equal(result_rows(run), result_rows(finished))
+
+
+def test_trials_that_wait_for_features_end_with_what_these_have_failed_by(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.run.sweeps_what_comes", lambda session: True)
+    write_task(tmp_path / "images", "first")
+    file = tmp_path / "images" / "first" / "train.parquet"
+    table = pq.read_table(file)
+    broken = [*table["image_bytes"].to_pylist()[:-1], b"no image"]
+    pq.write_table(table.set_column(0, "image_bytes", [broken]), file)
+    config = small_config(tmp_path / "images", ("first",))
+    with pytest.raises(UserError, match="1 bad images"):
+        run_stages(config, str(tmp_path / "run"), ["extract", "sweep"], Console(quiet=True))
+    assert RunDirectory(str(tmp_path / "run")).names("trials", recursive=True) == []
 
 
 def test_another_setting_never_mixes_with_what_was_there(

@@ -20,7 +20,6 @@ from pipelines.plan import (
     plan,
     seconds_on,
     total_seconds,
-    training_flops,
 )
 from pipelines.run_directory import RunDirectory
 from tests.pipelines.conftest import frame, invoke, small_config
@@ -51,7 +50,7 @@ def test_a_scoring_phase_counts_once_for_all_fractions(images: Path) -> None:
     n = layout.n_features
     batch = len(task.labels["train"])
     expected = sum(head_flops(width, 2, 5, batch) for width in (n, int(0.05 * n), int(0.2 * n)))
-    assert training_flops(facts, task, points) == expected
+    assert facts.fitting(task, points) == expected
 
 
 def test_trainings_of_the_backbone_are_counted(images: Path) -> None:
@@ -68,7 +67,8 @@ def test_more_devices_take_no_longer_and_end_at_the_largest_unit(images: Path) -
     assert totals == sorted(totals, reverse=True)
     assert bottleneck(stages, 1) in [stage.stage for stage in stages]
     extract = stages[0]
-    assert seconds_on(extract, extract.units) == seconds_on(extract, 10 * extract.units)
+    assert extract.units == extract.pieces(1) < extract.finest == extract.pieces(512)
+    assert seconds_on(extract, extract.finest) == seconds_on(extract, 10 * extract.finest)
 
 
 def test_the_device_at_hand_is_measured(images: Path) -> None:
