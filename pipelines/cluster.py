@@ -2,20 +2,23 @@
 
 import logging
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from h2t.errors import UserError
 from pipelines.config import Resources
-from pipelines.interruption import reinstall
+from pipelines.interruption import reinstall, signal_behind
 from pipelines.machine import GIB, available_cores, available_memory, memory_limit
 
 OBJECT_STORE_BYTES = 1 << 30  # of a cluster that is started here, beside what feature matrices take
@@ -28,6 +31,12 @@ LONGEST_FOLDER = 40
 SHORT_FOLDER = "/tmp"
 RESERVED_FROM = 2**30  # bytes of memory
 LEAST_MEMORY = 2**28  # that Ray is told of
+START_SECONDS = 300  # that Ray's processes may take to start, on a machine that is very busy
+TOKEN_REFUSED = "InvalidAuthToken"  # in what a cluster answers that asks for another token
+TOKEN_ADVICE = (
+    "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token (without "
+    "either, ~/.ray/auth_token is read)"
+)
 SPARE_CPUS = 2  # logical CPUs for reading and decoding: actors that hold every CPU would starve those
 
 
@@ -183,34 +192,172 @@ def _start(
     if environment:
         quiet["runtime_env"] = {"env_vars": dict(environment)}
     if address is None:
-        matrix = matrix_bytes()
-        size = object_store_bytes(matrix)
-        folder = object_store_folder(size)
-        # Who reads a matrix has it twice for a moment, in its own memory and in the store.
-        memory = max(available_memory() - size - matrix, LEAST_MEMORY)
-        ray.init(
-            num_cpus=cores + SPARE_CPUS,
-            include_dashboard=False,
-            object_store_memory=size,
-            _memory=memory,
-            _plasma_directory=folder or None,
-            _temp_dir=_temporary_folder(),
-            **quiet,
+        return _start_here(cores, matrix_bytes(), quiet)
+    _join(address, quiet)
+    return ""
+
+
+def _start_here(cores: int, matrix: int, quiet: Mapping[str, Any]) -> str:
+    folder, size = _temporary_folder(), object_store_bytes(matrix)
+    store_folder = object_store_folder(size)
+    # Who reads a matrix has it twice for a moment, in its own memory and in the store.
+    memory = max(available_memory() - size - matrix, LEAST_MEMORY)
+    _provide_token()
+    try:
+        with _on_loopback(), _patience():
+            ray.init(
+                address="local",  # and not whichever cluster was started last on this machine
+                num_cpus=cores + SPARE_CPUS,
+                include_dashboard=False,
+                object_store_memory=size,
+                _memory=memory,
+                _plasma_directory=store_folder or None,
+                _temp_dir=folder,
+                **quiet,
+            )
+    except Exception as error:
+        if signal_behind(error):
+            raise
+        place = folder or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        advice = (
+            f"Ray keeps its sockets, logs and spilled objects in {place}: make room there or make it "
+            "writable, or set RAY_TMPDIR to another folder"
+            if isinstance(error, OSError)
+            else "the machine may be too busy or short of memory: see `h2t doctor`, end other programs, and "
+            f"the same command goes on; Ray's own words are in {place}/ray/session_latest/logs"
         )
-        return folder
+        raise UserError(f"Ray did not start on this machine: {_first_line(error)}; {advice}") from None
+    return store_folder
+
+
+def _join(address: str, quiet: Mapping[str, Any]) -> None:
     try:
         _check_port(address)
-        ray.init(address=address, **quiet)
-    except (OSError, ValueError, RuntimeError) as error:
+        with without_line(TOKEN_REFUSED):
+            ray.init(address=address, **quiet)
+    except (OSError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        if signal_behind(error):
+            raise
+        if refused := next(filter(None, map(_about_tokens, _behind(error))), ""):
+            raise UserError(f"the Ray cluster at '{address}' {refused}; {TOKEN_ADVICE}") from None
         raise UserError(
-            f"no Ray cluster answers at '{address}' ({str(error).splitlines()[0]}); start one with "
+            f"no Ray cluster answers at '{address}' ({_first_line(error)}); start one with "
             "`ray start --head` or `ray up cluster.yaml`, or leave --address out to run on this machine"
+            + (f". If it asks for a token: {TOKEN_ADVICE}" if address.startswith("ray://") else "")
         ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _about_tokens(error: BaseException) -> str:
+    """What an exception says of tokens; "" for another one. Ray passes the answer of a server on as text."""
+    if TOKEN_REFUSED in str(error):
+        mode = os.environ.get("RAY_AUTH_MODE", "not set")
+        return f"did not accept this process's token (RAY_AUTH_MODE is {mode})"
+    if isinstance(error, ray.exceptions.AuthenticationError):
+        return f"is to be told a token, and there is none: {str(error).split('. ')[0]}"
     return ""
+
+
+def _provide_token() -> None:
+    """Give a cluster that starts here a token of its own where none is stated, without a file in the home."""
+    stated = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    saved = Path(os.environ.get("HOME", ""), ".ray", "auth_token")
+    if not stated and not (os.environ.get("HOME") and os.access(saved, os.R_OK) and saved.is_file()):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have Ray listen on this machine's loopback alone while it starts.
+
+    Ray does so by itself where it knows no clusters (on macOS and Windows); else its ports are open on every
+    interface, whatever node address it is given. Its processes inherit the setting; a cluster that this
+    process joins later is not affected.
+    """
+    from ray._private import ray_constants
+
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    with _environment({name: "0"}):
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        try:
+            yield
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Have Ray wait ``START_SECONDS`` for its processes while they start, where it would give up after 30 s.
+
+    The wait for the raylet is no setting, so each question whether it is there waits for the answer.
+    """
+    from ray._private import services
+
+    ask = services.get_node
+
+    def ask_until_there(gcs_address: str, node_id: str) -> Any:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return ask(gcs_address, node_id)
+            except RuntimeError:
+                if time.monotonic() > deadline or _has_died("raylet"):
+                    raise
+                time.sleep(0.1)
+
+    seconds = str(START_SECONDS)
+    waits = {"RAY_gcs_server_port_wait_time_s": seconds, "RAY_worker_register_timeout_seconds": seconds,
+             "RAY_raylet_start_wait_time_s": seconds,
+             "RAY_agent_register_timeout_ms": f"{seconds}000"}  # fmt: skip
+    with _environment({name: os.environ.get(name, value) for name, value in waits.items()}):
+        services.get_node = ask_until_there
+        try:
+            yield
+        finally:
+            services.get_node = ask
+
+
+def _has_died(name: str) -> bool:
+    """Whether a child of this process of that name has ended."""
+    import psutil
+
+    children = psutil.Process().children()
+    return any(child.name() == name and child.status() == psutil.STATUS_ZOMBIE for child in children)
 
 
 def _check_port(address: str) -> None:
     """Ray itself tries for many minutes to reach a port where nobody listens."""
+    if (
+        address == "auto"
+    ):  # the file of a cluster that has ended may name it, or one that is another process's
+        from ray._private.services import canonicalize_bootstrap_address
+
+        address = canonicalize_bootstrap_address(address) or ""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()

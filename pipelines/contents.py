@@ -129,7 +129,7 @@ def _run(run: RunDirectory) -> Facts:
         yield f"{folder}/" if count > 1 or "." not in folder else folder, f"{count:,} files"
     for kind in ("trials", "results"):
         rows = 0
-        for name in run.names(kind, recursive=True):
+        for name in run.keyed_names(kind, ".parquet", recursive=True):
             with run.open_table(name) as file:
                 rows += file.metadata.num_rows
         yield f"rows of {kind}", f"{rows:,}"

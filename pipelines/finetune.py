@@ -272,7 +272,7 @@ def make_results(session: Session, tasks: Sequence[str], advance: Advance) -> No
             chosen,
             artifacts.read_manifest(task, run),
         )
-        frozen = run.read_frame(run.names(artifacts.results(task, "frozen", []).folder))
+        frozen = run.read_frame(run.keyed_names(artifacts.results(task, "frozen", []).folder, ".parquet"))
         for method in best_methods(config):
             (choice,) = chosen[chosen["method"] == method].to_dict("records")
             changed = {"method": method, "validation_accuracy": float(choice["validation_accuracy"])}

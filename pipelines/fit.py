@@ -130,7 +130,7 @@ class Fitted:
 
 def fitted(run: RunDirectory) -> list[Fitted]:
     """What the run of a fit came to, one entry per method."""
-    found, heads = [], run.names("heads", recursive=True)
+    found, heads = [], run.keyed_names("heads", ".safetensors", recursive=True)
     for row in _rows(run, "results").to_dict("records"):
         beginning = f"{row['method']}-seed-{row['seed']}-"
         (file,) = [name for name in heads if name.rpartition("/")[2].startswith(beginning)]
@@ -157,7 +157,7 @@ def best(found: list[Fitted]) -> Fitted:
 
 
 def _rows(run: RunDirectory, kind: str) -> pd.DataFrame:
-    return run.read_table(run.names(kind, recursive=True)).to_pandas()
+    return run.read_table(run.keyed_names(kind, ".parquet", recursive=True)).to_pandas()
 
 
 def save_adapter(run: RunDirectory, chosen: Fitted, out: str, weights: WeightType) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from h2t.errors import UserError
-from pipelines.run_directory import RunDirectory
+from pipelines.run_directory import RunDirectory, Unreachable
 
 LOCK = "lock.json"
 RENEWED_EVERY_S = 10.0
@@ -41,8 +41,9 @@ def locked(run: RunDirectory) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        if (holder := holder_of(run)) and holder["token"] == mine["token"]:
-            run.delete(LOCK)
+        with suppress(Unreachable):  # then the lock is a dead driver's; what the body raised matters more
+            if (holder := holder_of(run)) and holder["token"] == mine["token"]:
+                run.delete(LOCK)
 
 
 def _take(run: RunDirectory, mine: dict[str, Any]) -> None:
@@ -56,7 +57,7 @@ def _take(run: RunDirectory, mine: dict[str, Any]) -> None:
                 f"there {time.time() - holder['renewed']:.0f} s ago; wait for its end, stop it, or run into "
                 "another directory"
             )
-        with suppress(OSError):
+        with suppress(FileNotFoundError):
             run.delete(LOCK)  # of a dead driver
     if not run.local:
         time.sleep(SETTLED_AFTER_S)
@@ -68,7 +69,7 @@ def _take(run: RunDirectory, mine: dict[str, Any]) -> None:
 
 def _renew(run: RunDirectory, mine: dict[str, Any], stop: threading.Event) -> None:
     while not stop.wait(RENEWED_EVERY_S):
-        with suppress(OSError):  # a store that is away for a while is no reason to stop
+        with suppress(UserError):  # a store that is away for a while is no reason to stop
             run.write(LOCK, _text(mine | {"renewed": time.time()}))
 
 
@@ -81,6 +82,8 @@ def holder_of(run: RunDirectory) -> dict[str, Any] | None:
         content: dict[str, Any] = json.loads(run.read(LOCK))
     except FileNotFoundError:
         return None
+    except Unreachable:
+        raise
     except ValueError:
         content = {}
     unknown = {"host": "an unknown host", "process": 0, "started": 0, "token": "", "renewed": 0.0}

@@ -13,15 +13,17 @@ from pipelines.run_directory import RunDirectory, damaged
 
 def read_head(run: RunDirectory, name: str) -> tuple[Head, dict[str, str]]:
     """A head and its provenance."""
+    data = run.read(name)
     try:
-        return load_head(run.read(name))
+        return load_head(data)
     except UserError as error:
         raise damaged(name, error) from None
 
 
 def read_model(run: RunDirectory, name: str, *arguments: Any) -> tuple[TrainableModel, dict[str, Any]]:
     """A fine-tuned model and its content; ``arguments``: what ``load_model`` takes beside the file."""
+    data = run.read(name)
     try:
-        return load_model(run.read(name), *arguments)
+        return load_model(data, *arguments)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise damaged(name, error) from None

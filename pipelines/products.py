@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ import pandas as pd
 from h2t.errors import UserError
 from h2t.hyperparameters import Hyperparameters
 from pipelines.config import fingerprint
-from pipelines.run_directory import RunDirectory
+from pipelines.run_directory import RunDirectory, Unreachable
 from pipelines.scope import EVERYTHING, Scope
 from pipelines.task_data import Split
 
@@ -82,8 +82,10 @@ class RowFiles:
         """
         try:
             keys = run.read_table([name], ["index", "label"])
-        except (UserError, OSError):
+        except FileNotFoundError:
             return False
+        except UserError as error:
+            return _unless_unreachable(error)
         if self.labels is None or not self.holds_rows(name):
             return True
         index, labels = (keys[column].to_numpy() for column in ("index", "label"))
@@ -98,7 +100,9 @@ class RowFiles:
         """The rows of a file that were left out as bad, int64."""
         rows = self.rows(name)
         listed = f"{self.bad_rows}-{rows.start:06d}-{rows.stop:06d}-"
-        lists = [file for file in run.names(listed.rpartition("/")[0]) if file.startswith(listed)]
+        lists = [
+            file for file in run.keyed_names(listed.rpartition("/")[0], ".parquet") if file.startswith(listed)
+        ]
         return run.read_frame(lists, ["index"])["index"].to_numpy() if lists else np.empty(0, np.int64)
 
     def name(self, start: int, stop: int) -> str:
@@ -112,7 +116,7 @@ class RowFiles:
     def holds_rows(self, name: str) -> bool:
         """Whether a file of that name holds rows of this table."""
         parts = name.rpartition("/")[2].removesuffix(".parquet").split("-")
-        if len(parts) != 4 or parts[0] != "rows" or parts[3] != self.key:
+        if not name.endswith(".parquet") or len(parts) != 4 or parts[0] != "rows" or parts[3] != self.key:
             return False
         return parts[1].isdecimal() and parts[2].isdecimal() and int(parts[2]) <= self.n_rows
 
@@ -221,7 +225,7 @@ class TrialFiles:
 
     def is_current(self, run: RunDirectory, name: str, location: str) -> bool:
         """Whether a file holds some of these trials; it may hold others, of a larger grid, beside them."""
-        of_context = name.split("-")[-2:-1] == [self.context]
+        of_context = self._is_named_by(name)
         if not of_context or not is_whole(run, location):
             return of_context
         keys = set(run.read_frame([location], ["trial"])["trial"])
@@ -234,11 +238,15 @@ class TrialFiles:
         return [trial for trial in self.trials if trial.key not in done]
 
     def _with_shared(self, run: RunDirectory, present: Sequence[str]) -> list[str]:
-        return [*present, *(run.names(self.shared) if self.shared else ())]
+        shared = run.keyed_names(self.shared, ".parquet") if self.shared else []
+        return [name for name in (*present, *shared) if self._is_named_by(name)]
+
+    def _is_named_by(self, name: str) -> bool:
+        return name.endswith(".parquet") and name.split("-")[-2:-1] == [self.context]
 
     def read(self, run: RunDirectory) -> pd.DataFrame:
         """The rows of all trials in their order. Raises UserError where one is missing."""
-        present = run.names(self.folder)
+        present = run.keyed_names(self.folder, ".parquet")
         if self.missing(run, present):
             raise UserError(f"{self.folder} lacks trials in {run.uri}: run the sweep stage first")
         files = self._with_shared(run, present)
@@ -262,6 +270,15 @@ def is_whole(run: RunDirectory, name: str) -> bool:
             ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
             return run.size(name) == len(header) + max(ends, default=0)
         json.loads(run.read(name))
-    except (UserError, OSError, ValueError, KeyError):
+    except (FileNotFoundError, KeyError):
         return False
+    except ValueError as error:  # a UserError, or one of JSON
+        return _unless_unreachable(error)
     return True
+
+
+def _unless_unreachable(error: ValueError) -> Literal[False]:
+    """That a file is not whole; a store that does not answer says nothing of its files, and is raised."""
+    if isinstance(error, Unreachable):
+        raise error
+    return False

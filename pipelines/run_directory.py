@@ -23,9 +23,13 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from h2t.errors import UserError
+from h2t.parquet_bounds import check_expansion
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# How pyarrow tells that a store does not answer, or refuses; what is in a file raises other words.
+OF_A_STORE = re.compile(r"AWS Error|Azure Error|google::cloud::Status|curlCode")
 TEMPORARY = ".tmp-"  # readers of Parquet data sets skip names that start with a dot
+KEY = re.compile(r"-[0-9a-f]{12}$")  # what the name of a file that depends on a configuration ends in
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -78,9 +82,9 @@ class RunDirectory:
                 there = next(folder for folder in (Path(root), *Path(root).parents) if folder.exists())
                 tempfile.TemporaryFile(dir=there).close()
             else:
-                probe = f"{TEMPORARY}{uuid.uuid4().hex[:8]}"
-                self.write(probe, b"")
-                self.delete(probe)
+                probe = f"{root.rstrip('/')}/{TEMPORARY}{uuid.uuid4().hex[:8]}"
+                filesystem.open_output_stream(probe).close()
+                filesystem.delete_file(probe)
         except (OSError, pa.ArrowException) as error:
             reason = getattr(error, "strerror", None) or error  # an OSError's own text names the probe
             raise UserError(
@@ -134,7 +138,7 @@ class RunDirectory:
     def read(self, name: str, n_bytes: int | None = None) -> bytes:
         """The content of a file, or its first ``n_bytes``."""
         filesystem, path = self._locate(name)
-        with filesystem.open_input_file(path) as source:
+        with self._answering(name), filesystem.open_input_file(path) as source:
             return bytes(source.read(n_bytes))
 
     def read_header(self, name: str) -> bytes:
@@ -144,7 +148,8 @@ class RunDirectory:
     def size(self, name: str) -> int:
         """The number of bytes of a file."""
         filesystem, path = self._locate(name)
-        return int(filesystem.get_file_info(path).size)
+        with self._answering(name):
+            return int(filesystem.get_file_info(path).size)
 
     def read_json(self, name: str) -> Any:
         """The plain values of a JSON file."""
@@ -171,6 +176,10 @@ class RunDirectory:
         with naming_damage(name):
             file = pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=True)
         with file:
+            try:
+                check_expansion(file.metadata, "it")
+            except UserError as error:
+                raise damaged(name, error) from None
             yield file
 
     def read_frame(self, names: Iterable[str], columns: list[str] | None = None) -> pd.DataFrame:
@@ -181,14 +190,28 @@ class RunDirectory:
     def exists(self, name: str) -> bool:
         """Whether a file of that name is there."""
         filesystem, path = self._locate(name)
-        return filesystem.get_file_info(path).type == fs.FileType.File
+        with self._answering(name):
+            return filesystem.get_file_info(path).type == fs.FileType.File
 
     def names(self, folder: str, recursive: bool = False) -> list[str]:
         """Names of the files in a folder, relative to the run directory, sorted."""
         filesystem, path = self._locate(folder)
         selector = fs.FileSelector(path, allow_not_found=True, recursive=recursive)
-        files = [info.path for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File]
+        with self._answering(folder):
+            infos = filesystem.get_file_info(selector)
+        files = [info.path for info in infos if info.type == fs.FileType.File]
         return sorted(f"{folder}/{file[len(path) :].lstrip('/')}" for file in files)
+
+    def keyed_names(self, folder: str, ending: str, recursive: bool = False) -> list[str]:
+        """Those names in a folder that end in a key and ``ending``.
+
+        What else lies there, somebody's notes or what a writer that was killed has left, is not ours to read.
+        """
+        return [
+            name
+            for name in self.names(folder, recursive)
+            if name.endswith(ending) and KEY.search(name.removesuffix(ending)) and "/." not in f"/{name}"
+        ]
 
     def archive_all(self, folder: str, condition: Callable[[str], bool], archive: str) -> list[str]:
         """Move the files of a folder that meet a condition to ``<archive>/<folder>``; their names.
@@ -230,13 +253,43 @@ class RunDirectory:
     def _move(self, name: str, to: str) -> None:
         filesystem, source = self._locate(name)
         _, target = self._locate(to)
-        filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-        filesystem.move(source, target)
+        with self._answering(name):
+            filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+            filesystem.move(source, target)
 
     def delete(self, name: str) -> None:
         """Delete a file."""
         filesystem, path = self._locate(name)
-        filesystem.delete_file(path)
+        with self._answering(name):
+            filesystem.delete_file(path)
+
+    @contextmanager
+    def _answering(self, name: str) -> Iterator[None]:
+        """Turn what a disk or store raises that does not answer into ``Unreachable``."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise unreachable(self._locate(name)[1], error) from None
+
+
+class Unreachable(UserError):
+    """Nothing is known of a file, since its disk or store does not answer: it is no damaged one."""
+
+
+def of_storage(error: OSError) -> bool:
+    """Whether it is a disk or store that failed, and not what is in a file."""
+    return bool(error.errno or OF_A_STORE.search(str(error)))
+
+
+def unreachable(place: str, error: OSError) -> Unreachable:
+    """The error of a file that cannot be reached for now, or by this user."""
+    reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
+    return Unreachable(
+        f"{place} cannot be reached: {reason}; nothing there was changed, and the same command goes on once "
+        "its disk or store answers"
+    )
 
 
 def damaged(name: str, reason: object) -> UserError:
@@ -258,39 +311,47 @@ def naming_damage(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except OSError as error:
+        if of_storage(error):
+            raise unreachable(name, error) from None
+        raise damaged(name, error) from None
+    except pa.ArrowException as error:
         raise damaged(name, error) from None
 
 
 class _AtomicFile:
-    """Local files get a temporary name and are renamed; object stores show a file only when it is whole."""
+    """Local files get a temporary name and are renamed; object stores show a file only when it is whole.
+
+    Raises UserError where a disk or store does not take the file.
+    """
 
     def __init__(self, filesystem: fs.FileSystem, path: str) -> None:
         self.filesystem, self.path = filesystem, path
         folder, _, base = path.rpartition("/")
         self.local = isinstance(filesystem, fs.LocalFileSystem)
         self.target = f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:8]}-{base}" if self.local else path
-        if self.local:
-            filesystem.create_dir(folder, recursive=True)
         self.buffer = io.BytesIO()
 
     def __enter__(self) -> Any:
-        self.sink = self.filesystem.open_output_stream(self.target) if self.local else self.buffer
+        if not self.local:
+            return self.buffer
+        try:
+            self.filesystem.create_dir(self.target.rpartition("/")[0], recursive=True)
+            self.sink = self.filesystem.open_output_stream(self.target)
+        except OSError as error:
+            raise not_written(self.path, error) from None
         return self.sink
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
             self._finish(kind)
         except OSError as failed:
-            error = failed
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            error = error or failed
+        if isinstance(error, OSError) and of_storage(error):
             if self.local:  # what is half written takes room too
                 with suppress(OSError):
                     self.filesystem.delete_file(self.target)
-            raise UserError(
-                f"no room left for {self.path}: {os.strerror(error.errno)}; make room, and the same command "
-                "goes on"
-            ) from None
+            raise not_written(self.path, error) from None
         if error is not None and kind is None:
             raise error
 
@@ -305,3 +366,17 @@ class _AtomicFile:
             self.filesystem.move(self.target, self.path)
         else:
             self.filesystem.delete_file(self.target)
+
+
+def not_written(path: str, error: OSError) -> UserError:
+    """The error of a file that a disk or store does not take."""
+    if error.errno in NO_ROOM:
+        return UserError(
+            f"no room left for {path}: {os.strerror(error.errno)}; make room, and the same command goes on"
+        )
+    if error.errno:
+        return UserError(
+            f"{path} cannot be written: {os.strerror(error.errno)}; make its folder one that can be written "
+            "to, and the same command goes on"
+        )
+    return unreachable(path, error)

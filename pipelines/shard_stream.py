@@ -314,16 +314,19 @@ class ShardActor:
         user_error = self.user_error or batch["user_error"][0].as_py()
         images, index = decoded_images(batch)
         bad = batch["bad"][0].as_py()
-        if bad and task.config.on_bad_image == "skip":
-            rows = [{**row, "backbone": backbone_folder(task.config)} for row in bad]
-            write_rows(self.shared["run"], self.shared["bad_rows_files"][number], BAD_ROWS, rows)
+
+        def seen(count: int) -> None:
+            if counter:
+                counter.add.remote(place, count)
+
+        def work() -> None:
+            if bad:
+                rows = [{**row, "backbone": backbone_folder(task.config)} for row in bad]
+                write_rows(self.shared["run"], self.shared["bad_rows_files"][number], BAD_ROWS, rows)
+            self.step(task, shard, images, index, seen)
+
         if not user_error and (not bad or task.config.on_bad_image == "skip"):
-
-            def seen(count: int) -> None:
-                if counter:
-                    counter.add.remote(place, count)
-
-            user_error = user_error_of(lambda: self.step(task, shard, images, index, seen))
+            user_error = user_error_of(work)
         return self._row(shard, n_images=len(images), bad=bad, user_error=user_error)
 
     def _row(self, shard: Shard, **said: Any) -> pa.Table:

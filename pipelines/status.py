@@ -4,16 +4,20 @@ A step's note is a small JSON file under ``status/``, renewed while the step las
 directory alone: no recipe, no images, no cluster.
 """
 
+import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from h2t.errors import UserError
 from pipelines.lock import holder_of, is_alive
 from pipelines.progress import duration
 from pipelines.run_directory import RunDirectory
 
 FOLDER = "status"
+NOTE = re.compile(rf"{FOLDER}/\d\d-[^/]+\.json")
 NOTED_EVERY_S = 5.0
 
 
@@ -56,12 +60,14 @@ class StepRecorder:
         task = place.partition("/")[0]
         self.note.finished[task] = self.note.finished.get(task, 0) + count
         if time.time() - self.note.updated > NOTED_EVERY_S:
-            self._write()
+            with suppress(UserError):  # of a disk or store that the work itself will stumble over
+                self._write()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.note.ended = time.time()
         self.note.error = "" if error is None else (str(error) or type(error).__name__).splitlines()[0]
-        self._write()
+        with suppress(*([UserError] if error else [])):  # what has ended the step matters more
+            self._write()
 
     def _write(self) -> None:
         self.note.updated = time.time()
@@ -106,7 +112,7 @@ class StatusRow:
 def status(run: RunDirectory, now: float | None = None) -> tuple[list[StatusRow], str]:
     """The steps that a run has begun, in their order, and a sentence on whether somebody is at work."""
     now = time.time() if now is None else now
-    notes = [StepNote(**run.read_json(name)) for name in run.names(FOLDER) if name.endswith(".json")]
+    notes = [StepNote(**run.read_json(name)) for name in run.names(FOLDER) if NOTE.fullmatch(name)]
     holder = holder_of(run)
     at_work = holder is not None and is_alive(holder)
     rows = [_row(note, at_work, now) for note in sorted(notes, key=lambda note: note.position)]

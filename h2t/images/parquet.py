@@ -26,6 +26,7 @@ from h2t.images.remote import (
     task_folder,
 )
 from h2t.images.source import EncodedImage, FileSource, Image, RowProblem, SourceSplit, SourceUnavailable
+from h2t.parquet_bounds import check_expansion
 from h2t.tasks import Task
 
 _LAYOUT = "a Parquet file with a column 'split', or a folder with files named after train and test"
@@ -206,6 +207,7 @@ def _name(source: ParquetSource, split: SourceSplit) -> str:
 def _rows_of_file(source: ParquetSource, path: str, split: SourceSplit) -> dict[str, np.ndarray]:
     """Columns group, row, labels and, where the file has it, index; of the rows of the split."""
     with _reading(source.root, path) as file:
+        check_expansion(file.metadata, path)
         names = file.schema_arrow.names
         label = _label_column(file.schema_arrow, path, source.label)
         _image_field(file.schema_arrow, path, source.image)  # to be told now, not by a worker later
@@ -376,6 +378,7 @@ def _reading(root: str, path: str) -> Iterator[pq.ParquetFile]:
 def image_column(root: str, path: str) -> tuple[str, int]:
     """The column of images of a Parquet file, and the number of rows. Raises UserError where it has none."""
     with _reading(root, path) as file:
+        check_expansion(file.metadata, path)
         return _image_field(file.schema_arrow, path, "").name, file.metadata.num_rows
 
 

@@ -167,6 +167,11 @@ def read_files(filesystem: FileSystem, paths: Sequence[str]) -> list[bytes]:
                 return file.read()
         except (FileNotFoundError, PermissionError):
             return b""
+        except OSError as error:  # a store that is away makes no bad image
+            raise UserError(
+                f"{path} cannot be read: {str(error).splitlines()[0]}; try again once its disk or store "
+                "answers"
+            ) from error
 
     if isinstance(filesystem, LocalFileSystem) or len(paths) < 2:
         return [read(path) for path in paths]

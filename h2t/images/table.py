@@ -18,6 +18,7 @@ from h2t.images.identity import content_identity
 from h2t.images.lossy import describe_encoding
 from h2t.images.remote import natural_order, open_root, read_files, require_root
 from h2t.images.source import EncodedImage, FileSource, Image, RowProblem, SourceSplit, SourceUnavailable
+from h2t.parquet_bounds import check_expansion
 from h2t.tasks import Task
 
 _LAYOUT = "a .csv or .parquet file with a column of paths, relative to it, and a column of labels"
@@ -157,7 +158,7 @@ def _table(source: TableSource) -> _Table:
     try:
         with filesystem.open_input_file(source.file) as file:
             table = (
-                pq.read_table(file)
+                _read_parquet(file, source.file)
                 if source.file.lower().endswith(".parquet")
                 else pyarrow.csv.read_csv(file)
             )
@@ -171,6 +172,12 @@ def _table(source: TableSource) -> _Table:
     labels, classes = _labels(table[label], f"column '{label}' of {source.file}")
     split = np.array(table["split"].to_pylist(), object) if "split" in names else None
     return _Table(paths, labels, classes, split)
+
+
+def _read_parquet(file: pa.NativeFile, name: str) -> pa.Table:
+    with pq.ParquetFile(file) as opened:
+        check_expansion(opened.metadata, name)
+        return opened.read()
 
 
 def _labels(column: pa.ChunkedArray, origin: str) -> tuple[np.ndarray, tuple[str, ...]]:

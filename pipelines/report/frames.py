@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,8 +14,9 @@ import pyarrow.dataset
 from h2t.costs import BackboneCost
 from h2t.errors import UserError
 from h2t.methods import METHODS
+from h2t.parquet_bounds import check_expansion
 from pipelines.report.paired import Correctness, correctness
-from pipelines.run_directory import TEMPORARY, RunDirectory, open_filesystem
+from pipelines.run_directory import RunDirectory, of_storage, open_filesystem, unreachable
 from pipelines.run_record import read_record
 from pipelines.schemas import BAD_ROWS, CHOSEN, KEPT, PREDICTIONS, RESULTS, STUDY_RESULTS, THUMBNAILS, TRIALS
 
@@ -118,7 +120,7 @@ def read_run(run: RunDirectory) -> Frames:
     record = read_record(run)
     manifests = {
         (name.split("/")[1], content["task"]): content
-        for name in _whole_files(run, "manifests", ".json")
+        for name in run.keyed_names("manifests", ".json", recursive=True)
         for content in [run.read_json(name)]
     }
     return Frames(
@@ -167,22 +169,24 @@ def _together(parts: Sequence[Mapping[tuple[str, str], Frames]]) -> dict[tuple[s
     return together
 
 
-def _whole_files(run: RunDirectory, folder: str, ending: str) -> list[str]:
-    names = run.names(folder, recursive=True)
-    return [name for name in names if name.endswith(ending) and f"/{TEMPORARY}" not in name]
-
-
 def _read_rows(run: RunDirectory, kind: str) -> pd.DataFrame:
     """All rows of a folder; files are read side by side, since an object store is slow to answer."""
-    names = _whole_files(run, FOLDERS.get(kind, kind), ".parquet")
+    names = run.keyed_names(FOLDERS.get(kind, kind), ".parquet", recursive=True)
     filesystem, root = open_filesystem(run.uri)
     paths = [f"{root.rstrip('/')}/{name}" for name in names]
     try:
         rows = pa.dataset.dataset(
             paths, schema=SCHEMAS[kind], filesystem=filesystem, format="parquet", partitioning=None
         )
+        fragments = list(rows.get_fragments())
+        with ThreadPoolExecutor() as pool:
+            footers = list(pool.map(lambda fragment: fragment.metadata, fragments))
+        for footer, name in zip(footers, names, strict=True):
+            check_expansion(footer, name)
         frame: pd.DataFrame = rows.to_table().to_pandas()
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and of_storage(error):
+            raise unreachable(f"{kind} of {root}", error) from None
         raise UserError(f"can't read {kind} of {run.uri}: {error}; run its recipe again") from None
     return frame
 
