@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from h2t.backbones.aggregation import Aggregation
+from h2t.backbones.aggregation import PAPER, Aggregation
 from h2t.backbones.loading import load_backbone
 from h2t.backbones.pooling import pool
 from h2t.backbones.tap_reader import TapReader, describe, feature_layout
@@ -182,11 +182,19 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "resnet18"])
-def test_backbone_with_its_taps_is_one_graph(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "aggregation"),
+    [
+        ("test_efficientnet", Aggregation(pooling="pyramid")),
+        ("test_vit", PAPER),
+        ("test_vit", Aggregation(tokens="grid", pooling="average_std")),
+        ("resnet18", PAPER),
+    ],
+)
+def test_backbone_with_its_taps_is_one_graph(name: str, aggregation: Aggregation) -> None:
     backbone = load_backbone(name, weights="random", image_size=FAMILIES.get(name))
     torch._dynamo.reset()
-    with TapReader(backbone, TARGET_SIZES, compiled=True) as reader:
+    with TapReader(backbone, TARGET_SIZES, aggregation, compiled=True) as reader:
         explained = torch._dynamo.explain(reader.pooled)(some_images(backbone))
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
