@@ -1,5 +1,7 @@
 """What else than the paper's averages is made of activations: grids, maxima, deviations, pyramids."""
 
+import io
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from h2t.adapter import Adapter
+from h2t.adapter import Adapter, save_head
 from h2t.backbones import pooling
 from h2t.backbones.aggregation import POOLINGS, Aggregation, Pooling, Tokens
 from h2t.backbones.loading import load_backbone
@@ -241,7 +243,11 @@ def test_an_adapter_reads_and_explains_what_its_head_was_trained_on(name: Poolin
     assert features.shape == (10, layout.n_features)
     point = Hyperparameters("head2toe", target, 0.1, 10, 1e-4, 0.1)
     (head,) = fit(features, np.arange(10) % 3, layout, [point], n_classes=3, embedding=backbone.embedding)
-    adapter, expected = Adapter(backbone, head, aggregation=aggregation), logits(head, features)
+    expected, file = logits(head, features), io.BytesIO()
+    section = {"name": "test_vit", "weights": "random", "image_size": 160, "tokens": "grid", "pooling": name}
+    save_head(head, file, provenance={"backbone": json.dumps(section)}, classes=3)
+    adapter = Adapter.load(file.getvalue())
+    assert adapter.aggregation == aggregation
     np.testing.assert_allclose(adapter._logits(IMAGES, 4), expected, rtol=1e-3, atol=1e-3)
     found = adapter.explain(IMAGES[0], 1)
     assert found.logit == pytest.approx(expected[0, 1], rel=1e-3, abs=1e-3)
