@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from h2t.adapter import Adapter
+    from h2t.backbones.aggregation import Aggregation
     from h2t.backbones.loading import load_backbone
     from h2t.estimator import Head2ToeClassifier
     from h2t.extraction import extract_features, write_features
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Aggregation",
     "FeatureLayout",
     "Head2ToeClassifier",
     "extract_features",
@@ -23,6 +25,7 @@ __all__ = [
 
 _MODULES = {
     "Adapter": "h2t.adapter",
+    "Aggregation": "h2t.backbones.aggregation",
     "FeatureLayout": "h2t.features",
     "Head2ToeClassifier": "h2t.estimator",
     "extract_features": "h2t.extraction",

@@ -27,9 +27,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from scipy.special import softmax
 
+from h2t.backbones.aggregation import PAPER, Aggregation
 from h2t.backbones.loading import Backbone
 from h2t.backbones.pair import load_section
-from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import feature_layout, tap_shapes
 from h2t.checksum import check_digest, tensor_digest
 from h2t.errors import UserError, unknown
@@ -176,12 +176,12 @@ class Adapter:
         *,
         classes: Sequence[str] | None = None,
         preprocessing: Preprocessing | None = None,
-        cls_token: ClassToken = "normal",
+        aggregation: Aggregation = PAPER,
     ) -> None:
         if isinstance(head, Head):
-            _check_layout(backbone, head, cls_token)
+            _check_layout(backbone, head, aggregation)
         n_classes = head.n_classes if isinstance(head, Head) else len(head.head.bias)
-        self.backbone, self.head, self.cls_token = backbone, head, cls_token
+        self.backbone, self.head, self.aggregation = backbone, head, aggregation
         self.preprocessing = preprocessing or preprocessing_for(backbone)
         self.classes = np.arange(n_classes) if classes is None else np.asarray(classes)
 
@@ -208,7 +208,7 @@ class Adapter:
         backbone = _backbone(section | {"weights": "random", "sha256": None, "precision": "float32"}, device)
         settings = _settings(backbone, section, described["content"])
         options = FinetuneOptions(precision=described["precision"])
-        model, _ = load_model(data, backbone, options, settings["cls_token"])
+        model, _ = load_model(data, backbone, options, settings["aggregation"])
         return cls(backbone, model, **settings)
 
     def predict(self, images: Iterable[AnyImage], batch_size: int = 50) -> Prediction:
@@ -224,7 +224,7 @@ class Adapter:
         if isinstance(self.head, TrainableModel):
             batches = prepared_batches(images, preprocessing, batch_size)
             return predict_logits(self.head, [*chain.from_iterable(batches)], preprocessing, batch_size)
-        with SharedPass(self.backbone, [self.head], self.cls_token) as shared:
+        with SharedPass(self.backbone, [self.head], self.aggregation) as shared:
             parts = [
                 shared.logits(to_batch(batch, preprocessing, self.device))[0]
                 for batch in prepared_batches(images, preprocessing, batch_size)
@@ -240,14 +240,14 @@ class Adapter:
             raise UserError("only linear heads on frozen backbones can be explained")
         size = self.head.hyperparameters.target_size
         features = extract_features(
-            self.backbone, [image], size, preprocessing=self.preprocessing, cls_token=self.cls_token
+            self.backbone, [image], size, preprocessing=self.preprocessing, aggregation=self.aggregation
         )
         chosen = int(logits(self.head, features)[0].argmax()) if label is None else label
         if not 0 <= chosen < self.head.n_classes:
             raise UserError(f"expected a label in 0..{self.head.n_classes - 1}, got {chosen}")
         return explain(
             self.head, features[0], tap_shapes(self.backbone), self.preprocessing.image_size, chosen,
-            str(self.classes[chosen]), self.cls_token,
+            str(self.classes[chosen]), self.aggregation, self.backbone.n_prefix,
         )  # fmt: skip
 
     @property
@@ -256,13 +256,13 @@ class Adapter:
         return next(self.backbone.model.parameters()).device
 
 
-def _check_layout(backbone: Backbone, head: Head, cls_token: ClassToken) -> None:
-    layout = feature_layout(backbone, head.hyperparameters.target_size, cls_token)
+def _check_layout(backbone: Backbone, head: Head, aggregation: Aggregation) -> None:
+    layout = feature_layout(backbone, head.hyperparameters.target_size, aggregation)
     if layout != head.layout:
         raise UserError(
             f"the head was trained on other features than {backbone.name} gives: expected "
             f"{head.layout.n_features} of {len(head.layout.taps)} taps, got {layout.n_features} of "
-            f"{len(layout.taps)}; check image size, taps and class token"
+            f"{len(layout.taps)}; check image size, taps and aggregation"
         )
 
 
@@ -348,5 +348,5 @@ def _settings(backbone: Backbone, section: dict[str, Any], content: dict[str, An
     return {
         "classes": content["classes"] if isinstance(content.get("classes"), list) else None,
         "preprocessing": preprocessing_for(backbone, resize, normalization),
-        "cls_token": section.get("cls_token", "normal"),
+        "aggregation": Aggregation.of(section),
     }

@@ -12,6 +12,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from h2t.backbones.aggregation import PAPER, Aggregation
 from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap_reader import feature_layout
 from h2t.device import default_device
@@ -32,7 +33,8 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
     Without a ``backbone``, X is float [n_samples, n_features], the raw features of all taps side by side, and
     ``layout`` says which columns belong to which tap (one tap of all columns if not given). With a
     ``backbone``, or the name of one and its ``image_size``, X is a sequence of images: encoded, files, or
-    uint8 [height, width, 3]; or a pandas column, or a frame of one column, of these.
+    uint8 [height, width, 3]; or a pandas column, or a frame of one column, of these. ``aggregation`` says how
+    activations become features (None: as in the paper).
 
     ``method``: any of ``h2t.methods.METHODS`` that leaves the backbone frozen. ``learning_rate``, ``steps``,
     ``coefficient``, ``keep_fraction`` (F), ``target_size`` (T, used with a backbone) and ``batch_size`` are
@@ -53,6 +55,7 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
         backbone: Backbone | str | None = None,
         image_size: int | None = None,
         target_size: int = 512,
+        aggregation: Aggregation | None = None,
         learning_rate: float | Sequence[float] = 0.01,
         steps: int | Sequence[int] = 500,
         coefficient: float | Sequence[float] = 1e-5,
@@ -68,6 +71,7 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
         self.backbone = backbone
         self.image_size = image_size
         self.target_size = target_size
+        self.aggregation = aggregation
         self.learning_rate = learning_rate
         self.steps = steps
         self.coefficient = coefficient
@@ -163,11 +167,13 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
                 raise UserError(f"expected a frame with one column of images, got {images.shape[1]} columns")
             images = images.iloc[:, 0]
         self._say(f"features of {len(images)} images")
-        return extract_features(self.backbone_, list(images), self.target_size)
+        return extract_features(
+            self.backbone_, list(images), self.target_size, aggregation=self.aggregation or PAPER
+        )
 
     def _layout(self, n_features: int) -> FeatureLayout:
         if isinstance(self.backbone_, Backbone):
-            return feature_layout(self.backbone_, self.target_size)
+            return feature_layout(self.backbone_, self.target_size, self.aggregation or PAPER)
         layout = self.layout or FeatureLayout(("features",), (n_features,))
         if layout.n_features != n_features:
             raise UserError(f"expected X with the layout's {layout.n_features} features, got {n_features}")

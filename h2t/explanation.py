@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from h2t.backbones.pooling import ClassToken, window
+from h2t.backbones.aggregation import PAPER, Aggregation
+from h2t.backbones.pooling import laid_out, places
 from h2t.features import keep_features
 from h2t.head2toe import Head
 
@@ -16,8 +17,9 @@ class Explanation:
 
     ``label``: the class, by name where it has one; ``logit``; ``bias``; ``by_tap``: tap -> the sum of weight
     times normalised feature over what is kept of it, in network order. ``heat``: float32 [S, S], the parts of
-    features that were pooled to windows, spread evenly over the pixels of their windows; its sum is that of
-    these parts, and ``placeless`` that of the others, such as means over all positions.
+    features that are averages of windows, spread evenly over the pixels of these; its sum is that of these
+    parts, and ``placeless`` that of the others: means over all positions, class and register tokens, and
+    maxima and standard deviations, which are no sums of parts of a place.
     """
 
     label: str
@@ -45,12 +47,14 @@ def explain(
     image_size: int,
     label: int,
     name: str,
-    cls_token: ClassToken = "normal",
+    aggregation: Aggregation = PAPER,
+    n_prefix: int = 1,
 ) -> Explanation:
     """The parts of the logit of the class ``label`` for one image.
 
     ``features`` float32 [n_features], raw; ``shapes``: of an image's activation at each tap of the head's
-    layout; ``image_size``: pixels a side of the heat map.
+    layout; ``image_size``: pixels a side of the heat map; ``n_prefix``: how many class and register tokens
+    come before those of patches.
     """
     inputs = keep_features(features[None], head.layout, head.kept, raw=head.raw)[0]
     parts = inputs * head.weight[:, label]
@@ -62,7 +66,13 @@ def explain(
         by_tap[tap_name] = float(parts[mine].sum())
         column = head.kept[mine] - head.layout.offsets[tap]
         heat += _spread(
-            parts[mine], column, shapes[tap_name], head.hyperparameters.target_size, cls_token, image_size
+            parts[mine],
+            column,
+            shapes[tap_name],
+            head.hyperparameters.target_size,
+            aggregation,
+            n_prefix,
+            image_size,
         )
     bias = float(head.bias[label])
     total = sum(by_tap.values())
@@ -74,35 +84,29 @@ def _spread(
     columns: np.ndarray,
     shape: tuple[int, ...],
     target_size: int,
-    cls_token: ClassToken,
+    aggregation: Aggregation,
+    n_prefix: int,
     image_size: int,
 ) -> np.ndarray:
-    """float32 [S, S]: parts of pooled features on the pixels of their windows; nothing of those without."""
+    """float32 [S, S]: parts of averages of windows on the pixels of these; nothing of the other features."""
     nothing = np.zeros((image_size, image_size), np.float32)
-    if len(shape) == 1 or (len(shape) == 2 and cls_token == "only_cls"):
+    if len(shape) == 1:
         return nothing
-    if len(shape) == 3:
-        channels, height, width = shape
-        side = window(shape, target_size)
-        if not side:
-            return nothing
-        grid = np.zeros((height, width), np.float64)
-        rows, inside = height // side, width // side
-        sums = np.bincount(columns // channels, parts, minlength=rows * inside).reshape(rows, inside)
-        grid[: rows * side, : inside * side] = np.kron(sums, np.ones((side, side))) / side**2
-        return _enlarged(grid, image_size)
-    tokens, channels = shape
-    first = int(cls_token == "nopool_cls")
-    side = window((tokens - first, channels), target_size)
-    if not side:
+    windows = places(shape, target_size, aggregation, n_prefix)
+    if not any(windows):
         return nothing
-    of_window = columns // channels - first  # -1: the class token by itself
-    n_windows = (tokens - first) // side
-    sums = np.bincount(of_window[of_window >= 0], parts[of_window >= 0], minlength=n_windows)
-    each = np.zeros(tokens)
-    each[first : first + n_windows * side] = np.repeat(sums, side) / side
-    squares = int(tokens**0.5)  # class and register tokens come first
-    return _enlarged(each[tokens - squares**2 :].reshape(squares, squares), image_size)
+    channels = shape[0] if len(shape) == 3 else shape[1]
+    sums = np.bincount(columns // channels, parts, minlength=len(windows))
+    beside, pooled = laid_out(shape, aggregation, n_prefix)
+    grid = np.zeros(pooled[1:] if len(pooled) == 3 else (1, pooled[0]))
+    for place, total in zip(windows, sums, strict=True):
+        if place:
+            grid[place] += total / grid[place].size
+    if len(pooled) == 2:
+        squares = int(shape[0] ** 0.5)  # class and register tokens come first
+        tokens = np.concatenate([np.zeros(beside), grid[0]])
+        grid = tokens[len(tokens) - squares**2 :].reshape(squares, squares)
+    return _enlarged(grid, image_size)
 
 
 def _enlarged(grid: np.ndarray, image_size: int) -> np.ndarray:

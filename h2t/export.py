@@ -63,7 +63,7 @@ class _FrozenWithHead(nn.Module):
         self.size = head.hyperparameters.target_size
         # As a graph, which ends with the last tap because nothing asks for what comes after it.
         needed = adapter.backbone.only(names)
-        self.reader = TapReader(needed, [self.size], adapter.cls_token, compiled=True)
+        self.reader = TapReader(needed, [self.size], adapter.aggregation, compiled=True)
         self.register_buffer("kept", torch.from_numpy(self.head.kept).to(adapter.device))
         self.register_buffer("weight", torch.from_numpy(self.head.weight).to(adapter.device))
         self.register_buffer("bias", torch.from_numpy(self.head.bias).to(adapter.device))

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image as PillowImage
 
+from h2t.backbones.aggregation import PAPER, Aggregation
 from h2t.backbones.loading import Backbone, input_config
-from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import TapReader, feature_layout
 from h2t.device import fetched
 from h2t.errors import UserError, unknown
@@ -66,7 +66,7 @@ def write_features(
     destination: str | Path,
     *,
     preprocessing: Preprocessing | None = None,
-    cls_token: ClassToken = "normal",
+    aggregation: Aggregation = PAPER,
     batch_size: int = 50,
 ) -> Path:
     """Write raw features of any number of images as Parquet: a row each, ``index`` and a list per tap.
@@ -74,8 +74,8 @@ def write_features(
     Memory holds one batch; the file appears whole or not at all. Raises as :func:`prepared_batches`.
     """
     images, destination = listed_images(images), Path(destination)
-    batches = _feature_batches(backbone, images, target_size, preprocessing, cls_token, batch_size)
-    layout = feature_layout(backbone, target_size, cls_token)
+    batches = _feature_batches(backbone, images, target_size, preprocessing, aggregation, batch_size)
+    layout = feature_layout(backbone, target_size, aggregation)
     schema = pa.schema([pa.field("index", pa.int32(), nullable=False), *tap_fields(layout)])
     temporary = destination.with_name(f".tmp-{destination.name}")
     try:
@@ -96,7 +96,7 @@ def extract_features(
     target_size: int,
     *,
     preprocessing: Preprocessing | None = None,
-    cls_token: ClassToken = "normal",
+    aggregation: Aggregation = PAPER,
     batch_size: int = 50,
 ) -> np.ndarray:
     """Raw features float32 [n, n_features] of images, in the order of ``feature_layout``.
@@ -105,9 +105,9 @@ def extract_features(
     :func:`prepared_batches`.
     """
     images = listed_images(images)
-    width = feature_layout(backbone, target_size, cls_token).n_features
+    width = feature_layout(backbone, target_size, aggregation).n_features
     features = np.empty((len(images), width), dtype=np.float32)
-    batches = _feature_batches(backbone, images, target_size, preprocessing, cls_token, batch_size)
+    batches = _feature_batches(backbone, images, target_size, preprocessing, aggregation, batch_size)
     for number, taps in enumerate(batches):
         features[number * batch_size :][: len(taps[0])] = fetched([torch.cat(taps, 1)])[0].numpy()
     return features
@@ -118,13 +118,13 @@ def _feature_batches(
     images: list[AnyImage],
     target_size: int,
     preprocessing: Preprocessing | None,
-    cls_token: ClassToken,
+    aggregation: Aggregation,
     batch_size: int,
 ) -> Iterator[list[torch.Tensor]]:
     """Features of one batch of images after the other, float32 [b, width] per tap in order."""
     preprocessing = preprocessing or preprocessing_for(backbone)
     weight = next(backbone.model.parameters())
-    with TapReader(backbone, [target_size], cls_token) as reader:
+    with TapReader(backbone, [target_size], aggregation) as reader:
         for pixels in prepared_batches(images, preprocessing, batch_size):
             yield reader(to_batch(pixels, preprocessing, weight.device, weight.dtype))[target_size]
 

@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from torch.distributed import all_reduce, get_rank, get_world_size, is_initialized
 from torch.nn.parallel import DistributedDataParallel
 
+from h2t.backbones.aggregation import PAPER, Aggregation
 from h2t.backbones.loading import Backbone
-from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import TapReader, feature_layout
 from h2t.checksum import check_digest, tensor_digest
 from h2t.device import sent, tf32
@@ -107,7 +107,7 @@ class TrainableModel(nn.Module):
         *,
         options: FinetuneOptions,
         seed: int = 0,
-        cls_token: ClassToken = "normal",
+        aggregation: Aggregation = PAPER,
     ) -> None:
         super().__init__()
         tap_of, layout = features.layout.tap_of(features.kept), features.layout
@@ -119,7 +119,7 @@ class TrainableModel(nn.Module):
         weight = next(backbone.model.parameters())
         self.kept = [torch.from_numpy(columns).to(weight.device) for columns in kept]
         read = replace(backbone.only(names), precision=options.precision)
-        self.reader = TapReader(read, [self.target_size], cls_token, gradients=True)
+        self.reader = TapReader(read, [self.target_size], aggregation, gradients=True)
         self.backbone = backbone.model.requires_grad_(True)
         self.head = nn.Linear(self.layout.n_features, n_classes)
         nn.init.xavier_uniform_(self.head.weight, generator=torch.Generator().manual_seed(seed))
@@ -252,7 +252,7 @@ def save_model(model: TrainableModel, features: KeptFeatures, content: dict[str,
 
 
 def load_model(
-    data: bytes, backbone: Backbone, options: FinetuneOptions, cls_token: ClassToken = "normal"
+    data: bytes, backbone: Backbone, options: FinetuneOptions, aggregation: Aggregation = PAPER
 ) -> tuple[TrainableModel, dict[str, Any]]:
     """An adapted model in evaluation mode, and its content; ``backbone`` gives the architecture alone."""
     tensors, described = load(data), read_metadata(data)[MODEL]
@@ -260,7 +260,9 @@ def load_model(
     layout = FeatureLayout(tuple(described["taps"]), tuple(described["widths"]))
     features = KeptFeatures(tensors.pop("kept").numpy(), layout, described["target_size"])
     plain = replace(options, gradient_checkpointing=False)
-    model = TrainableModel(backbone, features, len(tensors["head.bias"]), options=plain, cls_token=cls_token)
+    model = TrainableModel(
+        backbone, features, len(tensors["head.bias"]), options=plain, aggregation=aggregation
+    )
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from h2t.backbones.aggregation import PAPER, Aggregation
 from h2t.backbones.loading import Backbone
-from h2t.backbones.pooling import ClassToken
 from h2t.backbones.tap_reader import TapReader
 from h2t.head2toe import Head, HeadBank
 
@@ -20,7 +20,7 @@ class SharedPass:
     hooks stay until it is closed; use it as a context manager.
     """
 
-    def __init__(self, backbone: Backbone, heads: Sequence[Head], cls_token: ClassToken = "normal") -> None:
+    def __init__(self, backbone: Backbone, heads: Sequence[Head], aggregation: Aggregation = PAPER) -> None:
         used = {tap for head in heads for tap in head.taps_read()}
         # A head may keep nothing, but some tap has to say how many images there are.
         needed = backbone.only(used or {backbone.taps[0].name})
@@ -28,7 +28,7 @@ class SharedPass:
         sizes = sorted({head.hyperparameters.target_size for head in heads})
         device = str(next(backbone.model.parameters()).device)
         self.banks = [HeadBank([head.restricted(names)], device) for head in heads]
-        self.reader = TapReader(needed, sizes, cls_token)
+        self.reader = TapReader(needed, sizes, aggregation)
 
     def logits(self, images: Tensor) -> list[np.ndarray]:
         """Of each head, float32 [b, n_classes]; ``images`` float [b, 3, S, S] as the backbone takes them."""

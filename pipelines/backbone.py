@@ -20,8 +20,8 @@ def load(config: BackboneConfig, device: str = "cpu", weights: str | None = None
 
 def layouts(config: Config, backbone: Backbone) -> dict[int, FeatureLayout]:
     """The layout of a recipe's features at each of its target sizes."""
-    token = config.backbone.cls_token
-    return {size: feature_layout(backbone, size, token) for size in config.grid.target_size}
+    how = config.backbone.aggregation
+    return {size: feature_layout(backbone, size, how) for size in config.grid.target_size}
 
 
 def preprocessing_of(config: BackboneConfig) -> Preprocessing:

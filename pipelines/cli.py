@@ -311,16 +311,21 @@ def taps(
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side.")] = None,
     weights: Annotated[str, typer.Option(help="random will do here; or auto, or a file.")] = "random",
     variant: Annotated[str, typer.Option("--taps", help="auto, or a variant of a preset.")] = "auto",
+    cls_token: Annotated[str, typer.Option(help="normal, only_cls or nopool_cls.")] = "normal",
+    tokens: Annotated[str, typer.Option(help="sequence or grid.")] = "sequence",
+    pooling: Annotated[str, typer.Option(help="average, average_max, average_std or pyramid.")] = "average",
 ) -> None:
     """List a backbone's taps, their shapes, and the features of each at every target size."""
+    from h2t.backbones.aggregation import Aggregation
     from h2t.backbones.loading import load_backbone
     from h2t.backbones.tap_reader import describe
 
     sizes = target_size or [512]
+    aggregation = Aggregation.of({"cls_token": cls_token, "tokens": tokens, "pooling": pooling})
     loaded = load_backbone(backbone, weights=weights, image_size=image_size, taps=variant)
     table = _table("tap", "module", "shape", *(f"T = {size}" for size in sizes))
     totals = dict.fromkeys(sizes, 0)
-    for row in describe(loaded, sizes):
+    for row in describe(loaded, sizes, aggregation):
         widths = [row.features[size] for size in sizes]
         table.add_row(row.tap, row.module, " × ".join(map(str, row.shape)), *map(str, widths))
         totals = {size: totals[size] + row.features[size] for size in sizes}

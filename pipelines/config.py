@@ -14,11 +14,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
+from h2t.backbones.aggregation import Aggregation, ClassToken, Pooling, Tokens
 from h2t.errors import UserError
 from h2t.heads.spec import Precision
 from h2t.hyperparameters import Hyperparameters
@@ -100,11 +103,24 @@ class BackboneConfig(_Section):
     sha256: str | None = None
     image_size: Annotated[int, Field(ge=1, le=8192)] | None = None
     taps: str = "auto"
-    cls_token: Literal["normal", "only_cls", "nopool_cls"] = "normal"
+    cls_token: ClassToken = "normal"
+    tokens: Tokens = "sequence"
+    pooling: Pooling = "average"
     resize: Literal["bilinear", "bicubic"] = "bilinear"
     normalization: Literal["backbone", "minus_one_to_one", "imagenet"] = "backbone"
     second: SecondBackbone | None = None
     precision: Precision = "float32"
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """How activations become features."""
+        return Aggregation(self.cls_token, self.tokens, self.pooling)
+
+    @model_serializer(mode="wrap")
+    def _later_settings_where_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without settings that came later and are at their defaults: keys of earlier runs stay theirs."""
+        later = [("tokens", "sequence"), ("pooling", "average")]
+        return {name: value for name, value in dump(self).items() if (name, value) not in later}
 
 
 class ImagesConfig(_Section):

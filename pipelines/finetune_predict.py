@@ -47,7 +47,7 @@ class FinetunedPredictor:
             # The architecture alone: the weights are in the file.
             backbone = backbone_to_train(config, pretrained=False, seed=0, device=default_device())
             options = config.finetune.options()
-            model, content = read_model(self.run, member.file, backbone, options, config.backbone.cls_token)
+            model, content = read_model(self.run, member.file, backbone, options, config.backbone.aggregation)
             self.models.append(model if content["status"] == "done" else None)
         self.task = task.name
 

@@ -121,7 +121,7 @@ def run_training(
         task.n_classes,
         options=config.finetune.options(),
         seed=member.seed,
-        cls_token=config.backbone.cls_token,
+        aggregation=config.backbone.aggregation,
     )
     if member.fold is None:
         images, labels = read_images(task, "train", np.arange(len(task.labels["train"])), preprocessing)

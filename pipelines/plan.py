@@ -140,7 +140,7 @@ def calibrate(facts: _Facts, cores: int = 1) -> Rates:
     backbone.model.to(device)
     size = backbone.image_size
     images = torch.rand(CALIBRATION_IMAGES, 3, size, size, device=device)
-    with TapReader(backbone, list(facts.layouts), facts.config.backbone.cls_token) as reader:
+    with TapReader(backbone, list(facts.layouts), facts.config.backbone.aggregation) as reader:
         reader(images)
         started = time.perf_counter()
         reader(images)

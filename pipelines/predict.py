@@ -56,7 +56,7 @@ class Predictor:
             first = adapters[positions[0]].adapter
             heads = [head for p in positions if isinstance(head := adapters[p].adapter.head, Head)]
             if heads:
-                shared = SharedPass(first.backbone, heads, first.cls_token)
+                shared = SharedPass(first.backbone, heads, first.aggregation)
                 self.groups.append((positions, opened.enter_context(shared)))
             else:
                 assert isinstance(first.head, TrainableModel)
@@ -101,7 +101,7 @@ def _group_key(adapter: Adapter, position: int) -> str:
     backbone = adapter.backbone
     return json.dumps(
         [backbone.name, backbone.weights, backbone.precision, [tap.name for tap in backbone.taps],
-         adapter.cls_token, repr(adapter.preprocessing)]
+         repr(adapter.aggregation), repr(adapter.preprocessing)]
     )  # fmt: skip
 
 

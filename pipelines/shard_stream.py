@@ -422,7 +422,7 @@ class FeatureReader:
         self.backbone = load(config.backbone, self.device)
         self.preprocessing = preprocessing_of(config.backbone)
         self.taps = TapReader(
-            self.backbone, target_sizes, config.backbone.cls_token, compiled=config.resources.compile
+            self.backbone, target_sizes, config.backbone.aggregation, compiled=config.resources.compile
         )
         self.images_per_forward = config.resources.images_per_forward
 

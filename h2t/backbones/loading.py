@@ -45,6 +45,11 @@ class Backbone:
     weights: str
     precision: str = "float32"
 
+    @property
+    def n_prefix(self) -> int:
+        """How many tokens, those of class and registers, come before those of patches."""
+        return getattr(self.model, "num_prefix_tokens", 0)
+
     def only(self, taps: Collection[str]) -> "Backbone":
         """The same with the taps of these names alone."""
         return replace(self, taps=tuple(tap for tap in self.taps if tap.name in taps))

@@ -31,6 +31,7 @@ class _Pair(nn.Module):
     def __init__(self, first: nn.Module, second: nn.Module, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
         self.first, self.second = first, second
+        self.num_prefix_tokens = getattr(first, "num_prefix_tokens", 0)
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from h2t.backbones.aggregation import PAPER, Aggregation
 from h2t.backbones.loading import Backbone
-from h2t.backbones.pooling import CLASS_TOKEN_TREATMENTS, ClassToken, falls_back, pool_to_all, pooled_size
+from h2t.backbones.pooling import falls_back, pool_to_all, pooled_size
 from h2t.backbones.tap import Tap
 from h2t.device import tf32
-from h2t.errors import UserError, unknown
+from h2t.errors import UserError
 from h2t.features import FeatureLayout
 
 Collect = Callable[[int, Tensor], None]
@@ -43,15 +44,15 @@ class TapReader:
         self,
         backbone: Backbone,
         target_sizes: Sequence[int],
-        cls_token: ClassToken = "normal",
+        aggregation: Aggregation = PAPER,
         *,
         gradients: bool = False,
         compiled: bool = False,
     ) -> None:
-        _check(backbone, target_sizes, cls_token)
+        _check(backbone, target_sizes, aggregation)
         self.backbone = backbone
         self.target_sizes = tuple(target_sizes)
-        self.cls_token = cls_token
+        self.aggregation = aggregation
         self.gradients = gradients
         self._pooled: dict[int, dict[int, Tensor]] = {}  # by tap and target size
         self._hooks = _Hooks(backbone, self._collect)
@@ -117,7 +118,9 @@ class TapReader:
         if self.gradients:
             # Later layers may overwrite an activation that the backward pass of the pooling still needs.
             activation = activation.clone()
-        self._pooled[index] = pool_to_all(activation, self.target_sizes, self.cls_token)
+        self._pooled[index] = pool_to_all(
+            activation, self.target_sizes, self.aggregation, self.backbone.n_prefix
+        )
         if self._ends_early and len(self._pooled) == len(self.backbone.taps):
             raise _AllRead
 
@@ -145,17 +148,20 @@ class TapRow:
 
 
 def describe(
-    backbone: Backbone, target_sizes: Sequence[int], cls_token: ClassToken = "normal"
+    backbone: Backbone, target_sizes: Sequence[int], aggregation: Aggregation = PAPER
 ) -> list[TapRow]:
     """The taps of a backbone in network order, with shapes and numbers of features."""
-    _check(backbone, target_sizes, cls_token)
+    _check_whole(backbone, target_sizes, aggregation)
     shapes = tap_shapes(backbone)
     return [
         TapRow(
             tap.name,
             tap.module if tap.point == "output" else f"{tap.module} (input)".strip(),
             shapes[tap.name],
-            {size: pooled_size(shapes[tap.name], size, cls_token) for size in target_sizes},
+            {
+                size: pooled_size(shapes[tap.name], size, aggregation, backbone.n_prefix)
+                for size in target_sizes
+            },
         )
         for tap in backbone.taps
     ]
@@ -181,15 +187,19 @@ def look_at_taps(backbone: Backbone, look: Callable[[Tensor], Seen]) -> dict[str
     return {tap.name: seen[index] for index, tap in enumerate(backbone.taps)}
 
 
-def feature_layout(backbone: Backbone, target_size: int, cls_token: ClassToken = "normal") -> FeatureLayout:
+def feature_layout(backbone: Backbone, target_size: int, aggregation: Aggregation = PAPER) -> FeatureLayout:
     """The layout of a backbone's feature matrix: which columns come from which tap.
 
     Warns where a tap is too small for the target, so that the official rule takes the mean of all its
     positions.
     """
-    _check(backbone, [target_size], cls_token)
+    _check_whole(backbone, [target_size], aggregation)
     shapes = tap_shapes(backbone)
-    small = [name for name, shape in shapes.items() if falls_back(shape, target_size)]
+    small = [
+        name
+        for name, shape in shapes.items()
+        if falls_back(shape, target_size, aggregation, backbone.n_prefix)
+    ]
     if small:
         warnings.warn(
             f"{backbone.name} at target size {target_size}: {len(small)} of {len(shapes)} taps are too small "
@@ -197,7 +207,9 @@ def feature_layout(backbone: Backbone, target_size: int, cls_token: ClassToken =
             f"{', '.join(small)}",
             stacklevel=2,
         )
-    widths = tuple(pooled_size(shape, target_size, cls_token) for shape in shapes.values())
+    widths = tuple(
+        pooled_size(shape, target_size, aggregation, backbone.n_prefix) for shape in shapes.values()
+    )
     return FeatureLayout(tuple(shapes), widths)
 
 
@@ -256,16 +268,22 @@ def _arranged(activation: Tensor, tap: Tap, model: nn.Module) -> Tensor:
     return activation
 
 
-def _check(backbone: Backbone, target_sizes: Sequence[int], cls_token: str) -> None:
+def _check(backbone: Backbone, target_sizes: Sequence[int], aggregation: Aggregation) -> None:
     for size in target_sizes:
         if size < 1:
             raise UserError(f"target size {size}: expected a whole number from 1")
-    if cls_token not in CLASS_TOKEN_TREATMENTS:
-        raise unknown("treatment of the class token", cls_token, CLASS_TOKEN_TREATMENTS)
     # The first token of such a model is a corner of the image.
-    if cls_token != "normal" and not any(
+    if aggregation.cls_token != "normal" and not any(
         "cls_token" in name for name, _ in backbone.model.named_parameters()
     ):
         raise UserError(
-            f"{backbone.name} has no class token: expected the treatment 'normal', got '{cls_token}'"
+            f"{backbone.name} has no class token: expected the treatment 'normal', got "
+            f"'{aggregation.cls_token}'"
         )
+
+
+def _check_whole(backbone: Backbone, target_sizes: Sequence[int], aggregation: Aggregation) -> None:
+    """Check a backbone with all of its taps: of some, those that are left may have no tokens."""
+    _check(backbone, target_sizes, aggregation)
+    if aggregation.tokens == "grid" and not any(tap.form == "tokens" for tap in backbone.taps):
+        raise UserError(f"{backbone.name} has no tokens to arrange: expected tokens 'sequence', got 'grid'")

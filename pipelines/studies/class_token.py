@@ -14,7 +14,9 @@ def backbones(config: Config) -> Mapping[str, Mapping[str, Any]]:
     loaded = load_backbone(section.name, weights="random", image_size=section.image_size, taps=section.taps)
     if not any(tap.form == "tokens" for tap in loaded.taps):
         return {}
-    return {token: {"cls_token": token} for token in ("only_cls", "nopool_cls") if token != section.cls_token}
+    # On a grid the class token stands beside the others as it is.
+    others = ("only_cls",) if section.tokens == "grid" else ("only_cls", "nopool_cls")
+    return {token: {"cls_token": token} for token in others if token != section.cls_token}
 
 
 STUDY = RecipeStudy(backbones)

@@ -12,6 +12,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from h2t.adapter import Adapter
+from h2t.backbones.aggregation import Aggregation
 from h2t.backbones.loading import load_backbone
 from h2t.errors import UserError
 from h2t.estimator import Head2ToeClassifier
@@ -116,6 +117,11 @@ def test_images_through_a_backbone() -> None:
     assert cross_val_score(classifier, images, y, cv=3).mean() > 0.8
     classifier.fit(list(images), y)
     adapter = Adapter(backbone, classifier.head_)
+    np.testing.assert_array_equal(adapter.predict(list(images)).labels, classifier.predict(list(images)))
+    paper, aggregation = classifier.layout_, Aggregation(pooling="average_max")
+    classifier.set_params(aggregation=aggregation).fit(list(images), y)
+    assert classifier.layout_.n_features > paper.n_features
+    adapter = Adapter(backbone, classifier.head_, aggregation=aggregation)
     np.testing.assert_array_equal(adapter.predict(list(images)).labels, classifier.predict(list(images)))
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from h2t.adapter import Adapter
+from h2t.backbones.aggregation import CLASS_TOKEN_TREATMENTS, Aggregation, ClassToken
 from h2t.backbones.loading import load_backbone
-from h2t.backbones.pooling import CLASS_TOKEN_TREATMENTS, ClassToken
 from h2t.backbones.tap_reader import feature_layout
 from h2t.errors import UserError
 from h2t.explanation import explain
@@ -79,7 +79,13 @@ def test_a_window_of_tokens_is_a_run_of_patches(cls_token: ClassToken) -> None:
     n_features = {"normal": 8, "only_cls": 2, "nopool_cls": 10}[cls_token]
     column = {"normal": 3, "only_cls": 1, "nopool_cls": 5}[cls_token]
     found = explain(
-        one_feature(column, shape, n_features, 8), features[:n_features], {"tap": shape}, 4, 0, "a", cls_token
+        one_feature(column, shape, n_features, 8),
+        features[:n_features],
+        {"tap": shape},
+        4,
+        0,
+        "a",
+        Aggregation(cls_token),
     )
     expected = np.zeros(16)
     if cls_token == "normal":

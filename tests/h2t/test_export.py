@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from h2t.adapter import Adapter
+from h2t.backbones.aggregation import PAPER, Aggregation
 from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap_reader import feature_layout
 from h2t.errors import UserError
@@ -26,24 +27,46 @@ def images(side: int, n: int = 12) -> list[np.ndarray]:
     return list(np.random.default_rng(0).integers(0, 256, (n, side, side + 4, 3), np.uint8))
 
 
-def adapter(backbone: Backbone, method: str = "head2toe", resize: Resize = "bilinear") -> Adapter:
+def adapter(
+    backbone: Backbone,
+    method: str = "head2toe",
+    resize: Resize = "bilinear",
+    aggregation: Aggregation = PAPER,
+    target: int = TARGET,
+) -> Adapter:
     """Of two classes that mean nothing."""
     preprocessing = preprocessing_for(backbone, resize)
-    features = extract_features(backbone, images(40), TARGET, preprocessing=preprocessing)
-    point = Hyperparameters(method, TARGET, 0.1, 20, 1e-4, 0.1)
-    (head,) = fit(features, np.arange(12) % 2, feature_layout(backbone, TARGET), [point], n_classes=2,
+    features = extract_features(
+        backbone, images(40), target, preprocessing=preprocessing, aggregation=aggregation
+    )
+    point = Hyperparameters(method, target, 0.1, 20, 1e-4, 0.1)
+    layout = feature_layout(backbone, target, aggregation)
+    (head,) = fit(features, np.arange(12) % 2, layout, [point], n_classes=2,
                   embedding=backbone.embedding)  # fmt: skip
-    return Adapter(backbone, head, classes=["red", "blue"], preprocessing=preprocessing)
+    return Adapter(
+        backbone, head, classes=["red", "blue"], preprocessing=preprocessing, aggregation=aggregation
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("test_resnet", 48), pytest.param("test_vit", 160, marks=pytest.mark.slow)]
+    ("name", "size", "aggregation", "target"),
+    [
+        ("test_resnet", 48, PAPER, TARGET),
+        pytest.param("test_vit", 160, PAPER, TARGET, marks=pytest.mark.slow),
+        pytest.param("test_resnet", 48, Aggregation(pooling="average_max"), 256, marks=pytest.mark.slow),
+        pytest.param("test_resnet", 56, Aggregation(pooling="pyramid"), 512, marks=pytest.mark.slow),
+        pytest.param(
+            "test_vit", 160, Aggregation(tokens="grid", pooling="average_std"), 256, marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_onnx_gives_the_same_logits_for_any_number_and_size_of_images(
-    name: str, size: int, tmp_path: Path
+    name: str, size: int, aggregation: Aggregation, target: int, tmp_path: Path
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    made = adapter(load_backbone(name, weights="random", image_size=size))
+    made = adapter(
+        load_backbone(name, weights="random", image_size=size), aggregation=aggregation, target=target
+    )
     export_onnx(made, tmp_path / "a.onnx", {"task": "colours"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")

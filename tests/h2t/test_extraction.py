@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from h2t.backbones.aggregation import PAPER, Aggregation
 from h2t.backbones.loading import load_backbone
 from h2t.backbones.tap_reader import feature_layout
 from h2t.errors import UserError
@@ -46,15 +47,21 @@ def test_features_are_the_same_whatever_the_batch() -> None:
     assert extract_features(backbone, [], TARGET).shape == (0, features.shape[1])
 
 
-def test_features_are_streamed_to_parquet_whole_or_not_at_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("aggregation", [PAPER, Aggregation(pooling="average_std")])
+def test_features_are_streamed_to_parquet_whole_or_not_at_all(
+    aggregation: Aggregation, tmp_path: Path
+) -> None:
     backbone = load_backbone("test_resnet", weights="random", image_size=SIZE)
     images = list(np.random.default_rng(0).integers(0, 256, (7, 40, 44, 3), np.uint8))
-    path = write_features(backbone, images, TARGET, tmp_path / "f.parquet", batch_size=3)
-    rows, layout = pd.read_parquet(path), feature_layout(backbone, TARGET)
+    path = write_features(
+        backbone, images, TARGET, tmp_path / "f.parquet", batch_size=3, aggregation=aggregation
+    )
+    rows, layout = pd.read_parquet(path), feature_layout(backbone, TARGET, aggregation)
     assert list(rows.columns) == ["index", *layout.taps]
     assert rows["index"].tolist() == list(range(7))
     stored = np.concatenate([np.stack(rows[tap]) for tap in layout.taps], axis=1)
-    np.testing.assert_allclose(stored, extract_features(backbone, images, TARGET), atol=1e-5)
+    features = extract_features(backbone, images, TARGET, aggregation=aggregation)
+    np.testing.assert_allclose(stored, features, atol=1e-5)
     with pytest.raises(BadImage):
         write_features(backbone, [*images, b"junk"], TARGET, tmp_path / "g.parquet")
     assert [file.name for file in tmp_path.iterdir()] == ["f.parquet"]

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from h2t.backbones.loading import load_backbone
 from h2t.methods import METHODS
 from pipelines import artifacts, products, schemas
-from pipelines.config import Config, Resources
+from pipelines.config import BackboneConfig, Config, Resources, SecondBackbone, fingerprint
 from pipelines.evaluate import result_product
 from pipelines.run import STAGES, run_stages
 from pipelines.run_directory import RunDirectory
@@ -84,6 +84,21 @@ def test_another_cut_of_the_work_recomputes_nothing(
 def test_strict_results_are_others(images: Path) -> None:
     strict, usual = keys(small_config(images, deterministic="strict")), keys(small_config(images))
     assert not any(strict[kind] == usual[kind] for kind in strict)
+
+
+@pytest.mark.parametrize("setting", [{"tokens": "grid"}, {"pooling": "average_max"}, {"pooling": "pyramid"}])
+def test_another_aggregation_changes_every_key(images: Path, setting: dict[str, str]) -> None:
+    other, usual = keys(small_config(images, backbone=setting)), keys(small_config(images))
+    assert all(set(other[kind]).isdisjoint(usual[kind]) for kind in usual)
+
+
+def test_a_backbone_of_before_has_the_keys_of_before() -> None:
+    # As they were when recipes had neither tokens nor pooling.
+    assert fingerprint(BackboneConfig(name="resnet50")) == "2be4d023ed11"
+    pair = BackboneConfig(name="vitb16", cls_token="nopool_cls", second=SecondBackbone(name="resnet50"))
+    assert fingerprint(pair) == "3e7468ead6cb"
+    assert pair.model_dump().keys().isdisjoint({"tokens", "pooling"})
+    assert BackboneConfig(name="vitb16", tokens="grid").model_dump()["tokens"] == "grid"
 
 
 def test_moved_images_and_weights_keep_every_key(images: Path, tmp_path: Path) -> None:

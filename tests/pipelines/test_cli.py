@@ -13,6 +13,7 @@ from h2t.errors import UserError
 from h2t.tasks import DEMO, VTAB_1K
 from pipelines.cli import read_recipe
 from pipelines.demo import available_tasks
+from tests.pipelines.conftest import invoke
 
 
 def h2t(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -81,6 +82,17 @@ def test_tasks_and_taps_are_listed() -> None:
     assert "28,296" in taps
     assert "51 taps" in taps
     assert "…" not in listed + taps
+    options = ("--image-size", "64", "--target-size", "256", "--tokens", "grid", "--pooling", "average_max")
+    status, shown = invoke("taps", "test_vit", *options)
+    rows = {line.split()[0]: line.split()[-1] for line in shown.splitlines() if "blocks_0" in line}
+    # The class token, and average and maximum of 2 x 2 windows of 64 channels, of one window of 192.
+    assert (status, rows) == (
+        0,
+        dict.fromkeys(("blocks_0_norm1", "blocks_0_norm2"), str(64 * (1 + 2 * 4)))
+        | {"blocks_0_mlp_act": str(192 * (1 + 2))},
+    )
+    with pytest.raises(UserError, match="unknown pooling 'average_maxima': did you mean average_max"):
+        invoke("taps", "test_resnet", "--pooling", "average_maxima")
 
 
 @pytest.mark.parametrize(

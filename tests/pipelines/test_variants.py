@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from rich.console import Console
 
+from h2t.adapter import Adapter
+from h2t.backbones.aggregation import Aggregation
+from h2t.backbones.tap_reader import feature_layout
 from pipelines import artifacts
 from pipelines.run import STAGES, run_stages
 from pipelines.run_directory import RunDirectory
@@ -33,6 +37,41 @@ def run_variant(tmp_path: Path, images: dict[str, Any], **settings: Any) -> RunD
     run = RunDirectory(str(tmp_path / "run"))
     run_stages(type(config).model_validate(data, strict=False), run.uri, list(STAGES), Console(quiet=True))
     return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": "grid"},
+        {"pooling": "average_max"},
+        {"pooling": "average_std"},
+        {"tokens": "grid", "pooling": "pyramid"},
+    ],
+)
+def test_other_aggregations_go_from_the_recipe_to_the_adapter(
+    images: Path, tmp_path: Path, options: dict[str, str]
+) -> None:
+    config = small_config(
+        images,
+        ("first",),
+        backbone={"name": "test_vit", "image_size": 64, **options},
+        grid=SMALL_GRID | {"target_size": [256]},
+        methods=["head2toe"],
+        seeds=[0],
+    )
+    run = RunDirectory(str(tmp_path))
+    run_stages(config, run.uri, list(STAGES), Console(quiet=True))
+    (name,) = run.names("heads", recursive=True)
+    adapter = Adapter.load(run.read(name))
+    assert adapter.aggregation == Aggregation.of(options)
+    stored = frame(run, "predictions").sort_values("index")
+    encoded = pd.read_parquet(images / "first" / "test.parquet")["image_bytes"].tolist()
+    found = adapter.predict(encoded)
+    np.testing.assert_array_equal(found.labels, stored["prediction"])
+    np.testing.assert_allclose(found.probabilities.max(axis=1), stored["probability"], atol=1e-3)
+    paper = feature_layout(adapter.backbone, 256)
+    assert frame(run, "results")["n_features"].item() == adapter.head.layout.n_features > paper.n_features
 
 
 @pytest.mark.slow

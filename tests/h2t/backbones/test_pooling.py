@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h2t.backbones import pooling
+from h2t.backbones.aggregation import Aggregation
 from h2t.backbones.pooling import falls_back, pool, pool_to_all, pooled_size, window
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
@@ -31,9 +32,9 @@ def golden_input(case: dict) -> torch.Tensor:
 def test_matches_the_official_implementation(case: dict) -> None:
     activation = golden_input(case)
     cls_token = case.get("cls_token_pool", "normal")
-    pooled = pool(activation, case["target_size"], cls_token)
+    pooled = pool(activation, case["target_size"], Aggregation(cls_token))
     assert list(pooled.shape) == case["out_shape"]
-    assert pooled_size(activation.shape[1:], case["target_size"], cls_token) == pooled.shape[1]
+    assert pooled_size(activation.shape[1:], case["target_size"], Aggregation(cls_token)) == pooled.shape[1]
     flat = pooled.double().numpy().ravel()
     weights = (np.arange(flat.size) % 97 + 1) / 97
     checksums = [case["sum"], case["sumsq"], case["dot"]]
@@ -83,11 +84,11 @@ def test_windows_of_a_map_are_means_in_height_width_channel_order(
 @settings(max_examples=60, deadline=None)
 def test_class_token_is_kept_beside_the_pooled_rest(tokens: int, channels: int, target: int) -> None:
     activation = torch.arange(2.0 * tokens * channels).reshape(2, tokens, channels).cos()
-    beside = pool(activation, target, "nopool_cls")
+    beside = pool(activation, target, Aggregation("nopool_cls"))
     torch.testing.assert_close(beside[:, :channels], activation[:, 0])
     torch.testing.assert_close(beside[:, channels:], pool(activation[:, 1:], target))
-    assert beside.shape[1] == pooled_size((tokens, channels), target, "nopool_cls")
-    torch.testing.assert_close(pool(activation, target, "only_cls"), activation[:, 0])
+    assert beside.shape[1] == pooled_size((tokens, channels), target, Aggregation("nopool_cls"))
+    torch.testing.assert_close(pool(activation, target, Aggregation("only_cls")), activation[:, 0])
 
 
 def test_fallback_to_the_mean_is_told_apart_from_enough_channels() -> None:

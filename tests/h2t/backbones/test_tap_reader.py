@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from h2t.backbones.aggregation import PAPER, Aggregation
 from h2t.backbones.loading import load_backbone
 from h2t.backbones.pooling import pool
 from h2t.backbones.tap_reader import TapReader, describe, feature_layout
@@ -67,13 +68,13 @@ def test_class_token_of_vit_and_its_treatments() -> None:
     backbone = load_backbone("vitb16", weights="random", image_size=32)
     images = some_images(backbone, 2)
     token = backbone.model.get_parameter("cls_token")[0]
-    with TapReader(backbone, [768], "only_cls") as reader:
+    with TapReader(backbone, [768], Aggregation("only_cls")) as reader:
         alone = reader(images)[768]
     torch.testing.assert_close(alone[0], token.expand(2, -1))
     names = [tap.name for tap in backbone.taps]
     torch.testing.assert_close(alone[names.index("encoded_sequence")], alone[names.index("cls_embedded")])
     torch.testing.assert_close(alone[names.index("cls_embedded")], alone[names.index("pre_logits")])
-    widths = feature_layout(backbone, 768, "nopool_cls").widths
+    widths = feature_layout(backbone, 768, Aggregation("nopool_cls")).widths
     assert widths[:3] == (1536, 1536, 1536)
 
 
@@ -82,9 +83,9 @@ def test_a_treatment_of_the_class_token_needs_one(name: str) -> None:
     backbone = load_backbone(name, weights="random", image_size=FAMILIES[name])
     for use in (TapReader, describe):
         with pytest.raises(UserError, match=f"{name} has no class token: .*'normal', got 'only_cls'"):
-            use(backbone, [512], "only_cls")
+            use(backbone, [512], Aggregation("only_cls"))
     with pytest.raises(UserError, match="has no class token"):
-        feature_layout(backbone, 512, "nopool_cls")
+        feature_layout(backbone, 512, Aggregation("nopool_cls"))
     assert hooks_of(backbone.model) == 0
 
 
@@ -170,7 +171,7 @@ def test_impossible_settings_are_refused() -> None:
     with pytest.raises(UserError, match="target size -1: expected a whole number from 1"):
         TapReader(backbone, [-1])
     with pytest.raises(UserError, match="unknown treatment of the class token 'only': did you mean only_cls"):
-        TapReader(backbone, [512], "only")  # type: ignore[arg-type]
+        Aggregation("only")  # type: ignore[arg-type]
     assert hooks_of(backbone.model) == 0
 
 
@@ -181,11 +182,19 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "resnet18"])
-def test_backbone_with_its_taps_is_one_graph(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "aggregation"),
+    [
+        ("test_efficientnet", Aggregation(pooling="pyramid")),
+        ("test_vit", PAPER),
+        ("test_vit", Aggregation(tokens="grid", pooling="average_std")),
+        ("resnet18", PAPER),
+    ],
+)
+def test_backbone_with_its_taps_is_one_graph(name: str, aggregation: Aggregation) -> None:
     backbone = load_backbone(name, weights="random", image_size=FAMILIES.get(name))
     torch._dynamo.reset()
-    with TapReader(backbone, TARGET_SIZES, compiled=True) as reader:
+    with TapReader(backbone, TARGET_SIZES, aggregation, compiled=True) as reader:
         explained = torch._dynamo.explain(reader.pooled)(some_images(backbone))
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 

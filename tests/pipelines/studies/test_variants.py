@@ -110,19 +110,19 @@ def test_smaller_parts_of_the_images_lie_in_larger_ones(facts: Facts) -> None:
 @pytest.mark.parametrize(
     ("backbone", "study", "expected"),
     [
-        ("test_efficientnet", "activations", {"with_input", "pre_normalization", "pre_activation"}),
-        ("test_convnext", "activations", {"with_input"}),
-        ("test_vit", "class-token", {"only_cls", "nopool_cls"}),
-        ("test_efficientnet", "class-token", set()),
+        ({"name": "test_efficientnet"}, "activations", {"with_input", "pre_normalization", "pre_activation"}),
+        ({"name": "test_convnext"}, "activations", {"with_input"}),
+        ({"name": "test_vit"}, "class-token", {"only_cls", "nopool_cls"}),
+        ({"name": "test_vit", "tokens": "grid"}, "class-token", {"only_cls"}),
+        ({"name": "test_efficientnet"}, "class-token", set()),
     ],
 )
 def test_other_features_are_those_that_the_backbone_has(
-    tmp_path: Path, backbone: str, study: str, expected: set[str]
+    tmp_path: Path, backbone: dict[str, str], study: str, expected: set[str]
 ) -> None:
-    size = 160 if backbone == "test_vit" else 64
-    config = small_config(
-        tmp_path, tasks=["first"], backbone={"name": backbone, "image_size": size}, methods=["head2toe"]
-    )
+    size = 160 if backbone["name"] == "test_vit" else 64
+    section = {**backbone, "image_size": size}
+    config = small_config(tmp_path, tasks=["first"], backbone=section, methods=["head2toe"])
     found = find_study(study)
     assert isinstance(found, RecipeStudy)
     assert set(found.backbones(config)) == expected
