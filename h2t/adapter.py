@@ -17,7 +17,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
@@ -26,6 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from scipy.special import softmax
+from torch import Tensor, nn
+from torch.nn import functional
 
 from h2t.backbones.loading import Backbone
 from h2t.backbones.pair import load_section
@@ -36,7 +37,14 @@ from h2t.errors import UserError, unknown
 from h2t.explanation import Explanation, explain
 from h2t.extraction import AnyImage, extract_features, prepared_batches, preprocessing_for
 from h2t.features import FeatureLayout
-from h2t.finetuning import MODEL, FinetuneOptions, TrainableModel, load_model, predict_logits, read_metadata
+from h2t.finetuning import (
+    MODEL,
+    FinetuneOptions,
+    TrainableModel,
+    load_model,
+    out_of_memory,
+    read_metadata,
+)
 from h2t.head2toe import Head, logits
 from h2t.heads.neighbours import Neighbours
 from h2t.hyperparameters import Hyperparameters
@@ -162,12 +170,18 @@ def load_head(source: bytes | BinaryIO | str | Path) -> tuple[Head, dict[str, st
     return head, content["provenance"]
 
 
-class Adapter:
-    """A backbone with a head on it: images in, classes out.
+class Adapter(nn.Module):
+    """A backbone with a head on it: images in, classes out. As a module: pixels in, logits out.
 
     ``head``: a trained head on the frozen backbone, or the fine-tuned model, which has one of its own.
     ``classes``: names in the order of the labels; numbers if not given.
+
+    It is in evaluation mode, and its weights want no gradients until ``requires_grad_`` says so. Its
+    ``state_dict`` has the weights of both, where the file that :func:`save_head` writes has the head alone.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -178,12 +192,25 @@ class Adapter:
         preprocessing: Preprocessing | None = None,
         cls_token: ClassToken = "normal",
     ) -> None:
+        super().__init__()
         if isinstance(head, Head):
             _check_layout(backbone, head, cls_token)
         n_classes = head.n_classes if isinstance(head, Head) else len(head.head.bias)
-        self.backbone, self.head, self.cls_token = backbone, head, cls_token
+        self.backbone, self.cls_token = backbone, cls_token
         self.preprocessing = preprocessing or preprocessing_for(backbone)
         self.classes = np.arange(n_classes) if classes is None else np.asarray(classes)
+        # In a tuple, lest a fine-tuned model be registered twice.
+        self._head = (head,)
+        self.model = SharedPass(backbone, [head], cls_token) if isinstance(head, Head) else head
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(self.preprocessing, name), device=self.device)
+            self.register_buffer(name, values.view(3, 1, 1), persistent=False)
+        self.eval()
+
+    @property
+    def head(self) -> Head | TrainableModel:
+        """The trained head, or the fine-tuned model."""
+        return self._head[0]
 
     @classmethod
     def load(cls, source: bytes | BinaryIO | str | Path, device: str = "cpu") -> "Adapter":
@@ -219,41 +246,59 @@ class Adapter:
         probabilities = softmax(self._logits(images, batch_size), axis=1)
         return Prediction(self.classes[probabilities.argmax(1)], probabilities)
 
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits float32 [b, n_classes] of pixels, any number type [b, 3, height, width], RGB from 0 to 255.
+
+        With bilinear resizing images may have any size; with bicubic, which is Pillow's, they come resized
+        by it. Raises UserError for other shapes.
+        """
+        side, shape = self.preprocessing.image_size, tuple(pixels.shape)
+        bilinear = self.preprocessing.resize == "bilinear"
+        if len(shape) != 4 or shape[1] != 3 or not (bilinear or shape[2:] == (side, side)):
+            sides = "height, width" if bilinear else f"{side}, {side}"
+            raise UserError(f"expected pixels of shape [n, 3, {sides}], got {list(shape)}")
+        values = pixels.float()
+        if bilinear:
+            values = functional.interpolate(values, (side, side), mode="bilinear", align_corners=False)
+        return self._of_batch((values / 255 - self.mean) / self.std)
+
+    def _of_batch(self, images: Tensor) -> Tensor:
+        """Logits float32 [b, n_classes] of images as the backbone takes them, float [b, 3, S, S]."""
+        logits = self.model(images)
+        return logits[0] if isinstance(self.model, SharedPass) else logits
+
     def _logits(self, images: Iterable[AnyImage], batch_size: int) -> np.ndarray:
-        preprocessing = self.preprocessing
-        if isinstance(self.head, TrainableModel):
-            batches = prepared_batches(images, preprocessing, batch_size)
-            return predict_logits(self.head, [*chain.from_iterable(batches)], preprocessing, batch_size)
-        with SharedPass(self.backbone, [self.head], self.cls_token) as shared:
-            parts = [
-                shared.logits(to_batch(batch, preprocessing, self.device))[0]
-                for batch in prepared_batches(images, preprocessing, batch_size)
-            ]
-        return np.concatenate([np.empty((0, self.head.n_classes), np.float32), *parts])
+        parts = [np.empty((0, len(self.classes)), np.float32)]
+        message = f"predicting {batch_size} images at once does not fit in memory"
+        with torch.no_grad(), out_of_memory(message):
+            for batch in prepared_batches(images, self.preprocessing, batch_size):
+                parts.append(self._of_batch(to_batch(batch, self.preprocessing, self.device)).cpu().numpy())
+        return np.concatenate(parts)
 
     def explain(self, image: AnyImage, label: int | None = None) -> Explanation:
         """What each tap and each place of an image add to a logit: of the class ``label``, or the predicted.
 
         Raises UserError for a head that is no linear one on a frozen backbone, and as :meth:`predict`.
         """
-        if not isinstance(self.head, Head) or self.head.neighbours:
+        head = self.head
+        if not isinstance(head, Head) or head.neighbours:
             raise UserError("only linear heads on frozen backbones can be explained")
-        size = self.head.hyperparameters.target_size
+        size = head.hyperparameters.target_size
         features = extract_features(
             self.backbone, [image], size, preprocessing=self.preprocessing, cls_token=self.cls_token
         )
-        chosen = int(logits(self.head, features)[0].argmax()) if label is None else label
-        if not 0 <= chosen < self.head.n_classes:
-            raise UserError(f"expected a label in 0..{self.head.n_classes - 1}, got {chosen}")
+        chosen = int(logits(head, features)[0].argmax()) if label is None else label
+        if not 0 <= chosen < head.n_classes:
+            raise UserError(f"expected a label in 0..{head.n_classes - 1}, got {chosen}")
         return explain(
-            self.head, features[0], tap_shapes(self.backbone), self.preprocessing.image_size, chosen,
+            head, features[0], tap_shapes(self.backbone), self.preprocessing.image_size, chosen,
             str(self.classes[chosen]), self.cls_token,
         )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone is."""
-        return next(self.backbone.model.parameters()).device
+        """Where it computes."""
+        return next(self.parameters()).device
 
 
 def _check_layout(backbone: Backbone, head: Head, cls_token: ClassToken) -> None:

@@ -210,7 +210,7 @@ def train(
             checkpoints.save(_state(model, optimizer, losses, step, time.perf_counter() - started))
         optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
         torch.manual_seed(seed * 1_000_003 + step * batches.workers + batches.rank)
-        with _out_of_memory(too_large), tf32(options.precision == "tf32"):
+        with out_of_memory(too_large), tf32(options.precision == "tf32"):
             losses[step] = _step(runner, optimizer, batches, step)
         if (step + 1) % LOSSES_CHECKED_EVERY == 0 or step + 1 == steps:
             diverged = torch.nonzero(~losses[: step + 1].isfinite()).flatten().tolist()
@@ -230,7 +230,7 @@ def predict_logits(
     """
     model.eval()
     parts = [np.empty((0, model.head.out_features), np.float32)]
-    with torch.no_grad(), _out_of_memory(f"predicting {batch_size} images at once does not fit in memory"):
+    with torch.no_grad(), out_of_memory(f"predicting {batch_size} images at once does not fit in memory"):
         for start in range(0, len(images), batch_size):
             batch = to_batch(images[start : start + batch_size], preprocessing, model.head.weight.device)
             parts.append(model(batch).cpu().numpy())
@@ -283,7 +283,7 @@ def read_metadata(data: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def _out_of_memory(message: str) -> Iterator[None]:
+def out_of_memory(message: str) -> Iterator[None]:
     """Turn running out of memory, however torch says it, into OutOfMemory."""
     try:
         yield

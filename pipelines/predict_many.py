@@ -6,7 +6,6 @@ goes on with the parts that lack, and other adapters or images make other files.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,10 +62,9 @@ class PartPredictor:
 
     def __init__(self, files: Sequence[str], top: int, batch_size: int, run: RunDirectory) -> None:
         self.top, self.batch_size, self.run = top, batch_size, run
-        self.opened = ExitStack()
         self.adapters: list[Named] = []
         self.error = user_error_of(lambda: self.adapters.extend(load_adapters(files)))
-        self.predictor = Predictor(self.adapters, self.opened)
+        self.predictor = Predictor(self.adapters)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Predict a part."""

@@ -1,6 +1,8 @@
+import copy
 import hashlib
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,6 +204,53 @@ def test_adapter_predicts_what_the_head_does(backbone, images, head) -> None:
     np.testing.assert_allclose(probabilities, softmax(expected, axis=1), atol=1e-6)
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
     assert (labels == np.arange(24) % 2).mean() > 0.9
+
+
+def test_adapter_is_a_module_from_pixels_to_logits(backbone, images, head) -> None:
+    adapter = Adapter(backbone, head)
+    expected = adapter._logits(images[:1], 50)
+    pixels = torch.from_numpy(images[0]).permute(2, 0, 1)[None]
+    np.testing.assert_allclose(adapter(pixels).numpy(), expected, atol=1e-5)
+    names = set(adapter.state_dict())
+    of_head = {"model.heads.0.kept", "model.heads.0.weight", "model.heads.0.bias"}
+    assert names == of_head | {f"model.backbone.{name}" for name in backbone.model.state_dict()}
+    assert not adapter.training
+    assert not any(weight.requires_grad for weight in adapter.parameters())
+    twin = copy.deepcopy(adapter)
+    with torch.no_grad():
+        twin.model.heads[0].bias += 1
+    np.testing.assert_allclose(twin._logits(images[:1], 50), expected + 1, atol=1e-5)
+    np.testing.assert_array_equal(adapter._logits(images[:1], 50), expected)
+    for wrong in (pixels[0], pixels.permute(0, 2, 3, 1)):
+        with pytest.raises(UserError, match=r"expected pixels of shape \[n, 3, height, width\], got"):
+            adapter(wrong)
+
+
+def test_gradients_of_an_adapter_reach_pixels_and_the_head(backbone, images, head) -> None:
+    adapter = copy.deepcopy(Adapter(backbone, head)).requires_grad_(True)
+    pixels = torch.from_numpy(images[0]).permute(2, 0, 1)[None].float().requires_grad_(True)
+    logit = adapter(pixels)[0, 1]
+    logit.backward()
+    direction = pixels.grad / pixels.grad.norm()
+    with torch.no_grad():
+        ahead, behind = (adapter(pixels + step * direction)[0, 1] for step in (0.5, -0.5))
+    assert float(ahead - behind) == pytest.approx(float(pixels.grad.norm()), rel=0.05)
+    assert adapter.model.heads[0].bias.grad.tolist() == [0, 1]
+    assert (adapter.model.heads[0].weight.grad[:, 1] != 0).any()
+
+
+@pytest.mark.parametrize("finetuned", [False, True])
+def test_threads_share_an_adapter(images, head, finetuned: bool) -> None:
+    backbone = load_backbone("test_resnet", weights="random", image_size=SIZE)
+    features = KeptFeatures(head.kept, head.layout, TARGET)
+    model = TrainableModel(backbone, features, 2, options=FinetuneOptions()) if finetuned else head
+    adapter = Adapter(backbone, model)
+    parts = [images[start : start + 4] for start in range(0, 20, 2)]
+    expected = [adapter.predict(part).probabilities for part in parts]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda part: adapter.predict(part, batch_size=2).probabilities, 5 * parts))
+    for before, after in zip(5 * expected, found, strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-5)
 
 
 def test_adapter_from_a_file_names_classes_and_reads_files(tmp_path: Path, images, head, backbone) -> None:
