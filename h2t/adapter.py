@@ -1,6 +1,7 @@
 """The saved result of adapting to a task: a head, what it kept, and enough to predict new images with it.
 
-A head is one safetensors file, and a single metadata entry of JSON that holds what is not a tensor:
+A head is one safetensors file, and a single metadata entry that holds what is not a tensor (``h2t.packed``;
+``h2t inspect`` shows it):
 
 - ``kept`` int32 [n_kept], the kept features, ascending; or ``kept_bitmap`` uint8, one bit for each of the N
   features, the lowest bit of a byte first; whichever is smaller;
@@ -49,9 +50,11 @@ from h2t.head2toe import Head, logits
 from h2t.heads.neighbours import Neighbours
 from h2t.hyperparameters import Hyperparameters
 from h2t.images.preprocessing import Preprocessing, to_batch
+from h2t.packed import pack
 from h2t.shared_pass import SharedPass
 
-FORMAT, EARLIER = "head2toe-head-4", ("head2toe-head-3",)  # which had `kept` in int64
+FORMAT = "head2toe-head-5"
+EARLIER = ("head2toe-head-4", "head2toe-head-3")  # whose metadata is JSON as it is; the 3rd has kept in int64
 ENTRY = "head"
 WeightType = Literal["float32", "float16", "int8"]
 
@@ -99,7 +102,7 @@ def save_head(
         tensors["neighbours"] = np.ascontiguousarray(head.neighbours.labels, dtype=np.int64)
     content["sha256"] = tensor_digest(save(tensors))
     # safetensors writes several metadata entries in any order, but a single one always alike.
-    data = save(tensors, metadata={ENTRY: json.dumps(content, sort_keys=True)})
+    data = save(tensors, metadata={ENTRY: pack(content)})
     if isinstance(destination, str | os.PathLike):
         Path(destination).write_bytes(data)
     else:

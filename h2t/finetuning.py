@@ -51,6 +51,7 @@ from h2t.errors import UserError
 from h2t.features import FeatureLayout, unit_norm
 from h2t.heads.spec import Precision
 from h2t.images.preprocessing import Preprocessing, to_batch
+from h2t.packed import unpack
 
 LOSSES_CHECKED_EVERY = 50  # reading a loss waits for a GPU
 MODEL = "model"  # the metadata entry of a saved model
@@ -274,12 +275,16 @@ def model_content(data: bytes) -> dict[str, Any]:
 
 
 def read_metadata(data: bytes) -> dict[str, Any]:
-    """Read the metadata of a safetensors file. Raises ValueError where that is not JSON, as ours is."""
+    """Read the metadata of a safetensors file. Raises ValueError where it is not ours."""
     try:  # the file begins with the length of its header, a little-endian uint64, and the header, JSON too
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return {entry: json.loads(text) for entry, text in header["__metadata__"].items()}
+        return {entry: _values(text) for entry, text in header["__metadata__"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError("it has no metadata of ours") from error
+
+
+def _values(text: str) -> Any:
+    return json.loads(text) if text.startswith("{") else unpack(text)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from scipy.special import softmax
 from h2t.adapter import Adapter, WeightType, convert_head, load_head, save_head
 from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap_reader import feature_layout
+from h2t.checksum import tensor_digest
+from h2t.costs import BackboneCost, HeadSize, storage_bytes
 from h2t.errors import UserError
 from h2t.extraction import extract_features, preprocessing_for
 from h2t.features import FeatureLayout
@@ -26,12 +28,14 @@ from h2t.finetuning import (
     TrainableModel,
     embedding_features,
     predict_logits,
+    read_metadata,
     save_model,
     train,
 )
 from h2t.head2toe import Head, fit, logits
 from h2t.hyperparameters import Hyperparameters
 from h2t.images.source import BadImage, EncodedImage
+from h2t.packed import pack, unpack
 
 SIZE, TARGET = 48, 32
 CONFIG = {"name": "test_resnet", "weights": "random", "image_size": SIZE, "normalization": "minus_one_to_one"}
@@ -105,6 +109,21 @@ def test_the_file_is_plain_safetensors() -> None:
     assert set(load(saved(random_head(), 3))) == {"kept_bitmap", "weight", "bias"}
 
 
+@pytest.mark.parametrize("format", ["head2toe-head-3", "head2toe-head-4"])
+def test_heads_of_earlier_formats_are_read(format: str) -> None:
+    head = random_head()
+    data = saved(head, 3)
+    stored = load(data)
+    if format == "head2toe-head-3":
+        del stored["kept_bitmap"]
+        stored["kept"] = head.kept
+    content = read_metadata(data)["head"] | {"format": format, "sha256": tensor_digest(save(stored))}
+    loaded, provenance = load_head(save(stored, metadata={"head": json.dumps(content)}))
+    assert provenance == {"task": "colours"}
+    for name, value in vars(head).items():
+        np.testing.assert_array_equal(getattr(loaded, name), value)
+
+
 def test_kept_features_are_stored_as_the_smaller_of_two(head: Head) -> None:
     few = replace(head, kept=head.kept[:3], weight=head.weight[:3])
     for stored, name in ((few, "kept"), (head, "kept_bitmap")):
@@ -145,6 +164,21 @@ def test_only_what_a_head_reads_is_computed(backbone: Backbone, head: Head, imag
     assert not {tap.module for tap in backbone.taps[2:]} & set(seen)
 
 
+@pytest.mark.filterwarnings("ignore:.*too small for a pooling window")
+def test_a_small_head_takes_hardly_more_than_the_cost_model_says() -> None:
+    layout = feature_layout(load_backbone("efficientnet_lite0", weights="random", image_size=128), 512)
+    random, n_kept = np.random.default_rng(0), int(0.05 * layout.n_features)
+    kept = np.sort(random.choice(layout.n_features, n_kept, replace=False))
+    weight, bias = (random.normal(size=shape).astype(np.float32) for shape in ((n_kept, 2), 2))
+    point = Hyperparameters("head2toe", 512, 0.01, 300, 1e-5, 0.05)
+    head = Head(point, 0, kept, layout, weight, bias, 0.0655899941)
+    section = CONFIG | {"name": "efficientnet_lite0", "sha256": hashlib.sha256(b"").hexdigest()}
+    provenance = {"backbone": json.dumps(section), "task": "solar_cells", "processor": "some CPU, AVX2"}
+    size = HeadSize(layout.n_features, n_kept, 2)
+    cost = storage_bytes("head2toe", BackboneCost(0, 0, 1280), size)
+    assert cost < len(saved(head, 2, provenance)) < 1.05 * cost
+
+
 def damaged():
     good = saved(random_head(), 3)
     header = json.loads(good[8 : 8 + int.from_bytes(good[:8], "little")])
@@ -155,7 +189,8 @@ def damaged():
     yield "another's", save(tensors, metadata={"format": "pt"}), "no metadata of ours"
     yield "other tensors", save({"x": tensors["bias"]}, metadata=metadata), "damaged"
     yield "no metadata", save(tensors), "damaged"
-    other = {"head": json.dumps(json.loads(metadata["head"]) | {"format": "other"})}
+    other = {"head": pack(unpack(metadata["head"]) | {"format": "other"})}
+    yield "packed otherwise", save(tensors, metadata={"head": metadata["head"][:-9]}), "no metadata of ours"
     yield "other format", save(tensors, metadata=other), "expected format"
     yield "shapes", save(tensors | {"bias": tensors["bias"][:-1].copy()}, metadata=metadata), "do not match"
     bitmap = tensors.pop("kept_bitmap")
