@@ -159,10 +159,18 @@ def convert_head(
     )
 
 
-def class_names(data: bytes) -> list[str]:
-    """The names of a saved head's classes, numbers where it has none. Raises ValueError for no head."""
-    classes = read_metadata(data)[ENTRY]["classes"]
-    return [str(name) for name in (range(classes) if isinstance(classes, int) else classes)]
+def class_names(source: bytes | BinaryIO | str | Path) -> list[str]:
+    """The names of the classes of a saved head or fine-tuned model, numbers where it has none.
+
+    No backbone is loaded for it. Raises UserError for a file that is neither, or is damaged.
+    """
+    name, data = _read(source)
+    with _naming(name, "head or model"):
+        metadata = read_metadata(data)
+        described = metadata[MODEL] if MODEL in metadata else metadata[ENTRY]
+        check_digest(data, described["sha256"])
+        classes = described.get("content", described)["classes"]
+        return [str(label) for label in (range(classes) if isinstance(classes, int) else classes)]
 
 
 def load_head(source: bytes | BinaryIO | str | Path) -> tuple[Head, dict[str, str]]:

@@ -16,6 +16,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from rich.console import Console
 
+from h2t.adapter import class_names
 from h2t.images.remote import open_root
 from h2t.images.unlabelled import ImageFiles
 from pipelines.cluster import backbone_actors, connect
@@ -98,7 +99,7 @@ def predict_many(
     """
     run, folder = RunDirectory.around(out.rstrip("/"))
     run.require_writable()
-    top = min(top, *(len(named.adapter.classes) for named in load_adapters(adapters)))
+    top = min(top, *(len(class_names(file)) for file in adapters))
     wanted = list(parts(found, adapters, top, folder))
     present = set(run.names(folder))
     missing = [part for part in wanted if part.file not in present]

@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 from safetensors.torch import save_file
 from scipy.special import softmax
 
-from h2t.adapter import Adapter, WeightType, convert_head, load_head, save_head
+from h2t.adapter import Adapter, WeightType, class_names, convert_head, load_head, save_head
 from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap_reader import feature_layout
 from h2t.checksum import tensor_digest
@@ -300,6 +300,21 @@ def test_adapter_from_a_file_names_classes_and_reads_files(tmp_path: Path, image
         adapter.predict([tmp_path / "nothing.png"])
     with pytest.raises(UserError, match="expected a list of images"):
         adapter.predict(str(path))
+
+
+def test_classes_are_told_without_a_backbone(head) -> None:
+    unknown = {"backbone": json.dumps({"name": "nobody's"})}
+    assert class_names(saved(head, ["red", "blue"], unknown)) == ["red", "blue"]
+    assert class_names(saved(head, 2, unknown)) == ["0", "1"]
+    backbone = load_backbone("test_resnet", weights="random", image_size=SIZE)
+    features = embedding_features(backbone)
+    model = TrainableModel(backbone, features, 2, options=FinetuneOptions())
+    for classes, names in ((["red", "blue"], ["red", "blue"]), (2, ["0", "1"])):
+        data = save_model(model, features, {"classes": classes})
+        assert class_names(data) == names
+    for damaged in (b"", data[:-9], data[:-1] + b"x", save({"x": np.zeros(2)})):
+        with pytest.raises(UserError, match="the given bytes is not a head or model saved by this package"):
+            class_names(damaged)
 
 
 def test_adapter_refuses_a_backbone_with_other_features(images, head) -> None:
