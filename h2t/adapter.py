@@ -1,6 +1,7 @@
 """The saved result of adapting to a task: a head, what it kept, and enough to predict new images with it.
 
-A head is one safetensors file, and a single metadata entry of JSON that holds what is not a tensor:
+A head is one safetensors file, and a single metadata entry that holds what is not a tensor (``h2t.packed``;
+``h2t inspect`` shows it):
 
 - ``kept`` int32 [n_kept], the kept features, ascending; or ``kept_bitmap`` uint8, one bit for each of the N
   features, the lowest bit of a byte first; whichever is smaller;
@@ -17,7 +18,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
@@ -26,6 +26,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from scipy.special import softmax
+from torch import Tensor, nn
+from torch.nn import functional
 
 from h2t.backbones.aggregation import PAPER, Aggregation
 from h2t.backbones.loading import Backbone
@@ -36,14 +38,23 @@ from h2t.errors import UserError, unknown
 from h2t.explanation import Explanation, explain
 from h2t.extraction import AnyImage, extract_features, prepared_batches, preprocessing_for
 from h2t.features import FeatureLayout
-from h2t.finetuning import MODEL, FinetuneOptions, TrainableModel, load_model, predict_logits, read_metadata
+from h2t.finetuning import (
+    MODEL,
+    FinetuneOptions,
+    TrainableModel,
+    load_model,
+    out_of_memory,
+    read_metadata,
+)
 from h2t.head2toe import Head, logits
 from h2t.heads.neighbours import Neighbours
 from h2t.hyperparameters import Hyperparameters
 from h2t.images.preprocessing import Preprocessing, to_batch
+from h2t.packed import pack
 from h2t.shared_pass import SharedPass
 
-FORMAT, EARLIER = "head2toe-head-4", ("head2toe-head-3",)  # which had `kept` in int64
+FORMAT = "head2toe-head-5"
+EARLIER = ("head2toe-head-4", "head2toe-head-3")  # whose metadata is JSON as it is; the 3rd has kept in int64
 ENTRY = "head"
 WeightType = Literal["float32", "float16", "int8"]
 
@@ -91,7 +102,7 @@ def save_head(
         tensors["neighbours"] = np.ascontiguousarray(head.neighbours.labels, dtype=np.int64)
     content["sha256"] = tensor_digest(save(tensors))
     # safetensors writes several metadata entries in any order, but a single one always alike.
-    data = save(tensors, metadata={ENTRY: json.dumps(content, sort_keys=True)})
+    data = save(tensors, metadata={ENTRY: pack(content)})
     if isinstance(destination, str | os.PathLike):
         Path(destination).write_bytes(data)
     else:
@@ -148,10 +159,18 @@ def convert_head(
     )
 
 
-def class_names(data: bytes) -> list[str]:
-    """The names of a saved head's classes, numbers where it has none. Raises ValueError for no head."""
-    classes = read_metadata(data)[ENTRY]["classes"]
-    return [str(name) for name in (range(classes) if isinstance(classes, int) else classes)]
+def class_names(source: bytes | BinaryIO | str | Path) -> list[str]:
+    """The names of the classes of a saved head or fine-tuned model, numbers where it has none.
+
+    No backbone is loaded for it. Raises UserError for a file that is neither, or is damaged.
+    """
+    name, data = _read(source)
+    with _naming(name, "head or model"):
+        metadata = read_metadata(data)
+        described = metadata[MODEL] if MODEL in metadata else metadata[ENTRY]
+        check_digest(data, described["sha256"])
+        classes = described.get("content", described)["classes"]
+        return [str(label) for label in (range(classes) if isinstance(classes, int) else classes)]
 
 
 def load_head(source: bytes | BinaryIO | str | Path) -> tuple[Head, dict[str, str]]:
@@ -162,12 +181,18 @@ def load_head(source: bytes | BinaryIO | str | Path) -> tuple[Head, dict[str, st
     return head, content["provenance"]
 
 
-class Adapter:
-    """A backbone with a head on it: images in, classes out.
+class Adapter(nn.Module):
+    """A backbone with a head on it: images in, classes out. As a module: pixels in, logits out.
 
     ``head``: a trained head on the frozen backbone, or the fine-tuned model, which has one of its own.
     ``classes``: names in the order of the labels; numbers if not given.
+
+    It is in evaluation mode, and its weights want no gradients until ``requires_grad_`` says so. Its
+    ``state_dict`` has the weights of both, where the file that :func:`save_head` writes has the head alone.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -178,12 +203,25 @@ class Adapter:
         preprocessing: Preprocessing | None = None,
         aggregation: Aggregation = PAPER,
     ) -> None:
+        super().__init__()
         if isinstance(head, Head):
             _check_layout(backbone, head, aggregation)
         n_classes = head.n_classes if isinstance(head, Head) else len(head.head.bias)
-        self.backbone, self.head, self.aggregation = backbone, head, aggregation
+        self.backbone, self.aggregation = backbone, aggregation
         self.preprocessing = preprocessing or preprocessing_for(backbone)
         self.classes = np.arange(n_classes) if classes is None else np.asarray(classes)
+        # In a tuple, lest a fine-tuned model be registered twice.
+        self._head = (head,)
+        self.model = SharedPass(backbone, [head], aggregation) if isinstance(head, Head) else head
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(self.preprocessing, name), device=self.device)
+            self.register_buffer(name, values.view(3, 1, 1), persistent=False)
+        self.eval()
+
+    @property
+    def head(self) -> Head | TrainableModel:
+        """The trained head, or the fine-tuned model."""
+        return self._head[0]
 
     @classmethod
     def load(cls, source: bytes | BinaryIO | str | Path, device: str = "cpu") -> "Adapter":
@@ -219,41 +257,59 @@ class Adapter:
         probabilities = softmax(self._logits(images, batch_size), axis=1)
         return Prediction(self.classes[probabilities.argmax(1)], probabilities)
 
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits float32 [b, n_classes] of pixels, any number type [b, 3, height, width], RGB from 0 to 255.
+
+        With bilinear resizing images may have any size; with bicubic, which is Pillow's, they come resized
+        by it. Raises UserError for other shapes.
+        """
+        side, shape = self.preprocessing.image_size, tuple(pixels.shape)
+        bilinear = self.preprocessing.resize == "bilinear"
+        if len(shape) != 4 or shape[1] != 3 or not (bilinear or shape[2:] == (side, side)):
+            sides = "height, width" if bilinear else f"{side}, {side}"
+            raise UserError(f"expected pixels of shape [n, 3, {sides}], got {list(shape)}")
+        values = pixels.float()
+        if bilinear:
+            values = functional.interpolate(values, (side, side), mode="bilinear", align_corners=False)
+        return self._of_batch((values / 255 - self.mean) / self.std)
+
+    def _of_batch(self, images: Tensor) -> Tensor:
+        """Logits float32 [b, n_classes] of images as the backbone takes them, float [b, 3, S, S]."""
+        logits = self.model(images)
+        return logits[0] if isinstance(self.model, SharedPass) else logits
+
     def _logits(self, images: Iterable[AnyImage], batch_size: int) -> np.ndarray:
-        preprocessing = self.preprocessing
-        if isinstance(self.head, TrainableModel):
-            batches = prepared_batches(images, preprocessing, batch_size)
-            return predict_logits(self.head, [*chain.from_iterable(batches)], preprocessing, batch_size)
-        with SharedPass(self.backbone, [self.head], self.aggregation) as shared:
-            parts = [
-                shared.logits(to_batch(batch, preprocessing, self.device))[0]
-                for batch in prepared_batches(images, preprocessing, batch_size)
-            ]
-        return np.concatenate([np.empty((0, self.head.n_classes), np.float32), *parts])
+        parts = [np.empty((0, len(self.classes)), np.float32)]
+        message = f"predicting {batch_size} images at once does not fit in memory"
+        with torch.no_grad(), out_of_memory(message):
+            for batch in prepared_batches(images, self.preprocessing, batch_size):
+                parts.append(self._of_batch(to_batch(batch, self.preprocessing, self.device)).cpu().numpy())
+        return np.concatenate(parts)
 
     def explain(self, image: AnyImage, label: int | None = None) -> Explanation:
         """What each tap and each place of an image add to a logit: of the class ``label``, or the predicted.
 
         Raises UserError for a head that is no linear one on a frozen backbone, and as :meth:`predict`.
         """
-        if not isinstance(self.head, Head) or self.head.neighbours:
+        head = self.head
+        if not isinstance(head, Head) or head.neighbours:
             raise UserError("only linear heads on frozen backbones can be explained")
-        size = self.head.hyperparameters.target_size
+        size = head.hyperparameters.target_size
         features = extract_features(
             self.backbone, [image], size, preprocessing=self.preprocessing, aggregation=self.aggregation
         )
-        chosen = int(logits(self.head, features)[0].argmax()) if label is None else label
-        if not 0 <= chosen < self.head.n_classes:
-            raise UserError(f"expected a label in 0..{self.head.n_classes - 1}, got {chosen}")
+        chosen = int(logits(head, features)[0].argmax()) if label is None else label
+        if not 0 <= chosen < head.n_classes:
+            raise UserError(f"expected a label in 0..{head.n_classes - 1}, got {chosen}")
         return explain(
-            self.head, features[0], tap_shapes(self.backbone), self.preprocessing.image_size, chosen,
+            head, features[0], tap_shapes(self.backbone), self.preprocessing.image_size, chosen,
             str(self.classes[chosen]), self.aggregation, self.backbone.n_prefix,
         )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone is."""
-        return next(self.backbone.model.parameters()).device
+        """Where it computes."""
+        return next(self.parameters()).device
 
 
 def _check_layout(backbone: Backbone, head: Head, aggregation: Aggregation) -> None:

@@ -13,8 +13,9 @@ Appendix B leaves its constants out. These reproduce every printed digit of Tabl
   fine-tuned model is its backbone and a head on its embedding.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -22,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from h2t.backbones.loading import Backbone
 from h2t.backbones.tap_reader import feature_layout, look_at_taps
-from h2t.features import FeatureLayout
+from h2t.errors import UserError
+from h2t.features import FeatureLayout, default_embedding
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS, Method
 
@@ -167,3 +169,32 @@ def flops_up_to(backbone: Backbone) -> dict[str, int]:
     """Per tap, the operations of a forward pass of one image that ends with it, by PyTorch's counter."""
     with FlopCounterMode(display=False) as counter:
         return look_at_taps(backbone, lambda activation: counter.get_total_flops())
+
+
+def tap_depths(backbone: Backbone) -> dict[str, float]:
+    """Per tap, the share of the multiply-adds of a pass through all taps after which it is read, 0 to 1."""
+    flops = flops_up_to(backbone)
+    whole = max(flops.values())
+    return {tap: operations / whole for tap, operations in flops.items()}
+
+
+def within_depth(backbone: Backbone, max_depth: float | None) -> Backbone:
+    """The backbone with the taps that ``max_depth`` of a forward pass reaches; None: all of them.
+
+    A pass that reads these ends behind the last of them (``h2t.backbones.tap_reader``). The embedding, which
+    comes last, is not among them unless ``max_depth`` is 1; the last of them stands in its place. Raises
+    UserError for a share outside (0, 1], and for one that reaches no tap.
+    """
+    if max_depth is None:
+        return backbone
+    if not 0 < max_depth <= 1:
+        raise UserError(f"max_depth: expected a share of a forward pass in (0, 1], got {max_depth}")
+    depths = tap_depths(backbone)
+    taps = [tap for tap, depth in depths.items() if depth <= max_depth]
+    if not taps:
+        least = math.ceil(1000 * min(depths.values())) / 1000
+        raise UserError(
+            f"max_depth {max_depth:g} of a forward pass ends before the first tap of {backbone.name}; "
+            f"expected {least:g} to 1"
+        )
+    return replace(backbone.only(taps), embedding=default_embedding(taps))

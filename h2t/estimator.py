@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from h2t.backbones.aggregation import PAPER, Aggregation
 from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap_reader import feature_layout
+from h2t.costs import within_depth
 from h2t.device import default_device
 from h2t.errors import UserError
 from h2t.extraction import extract_features
@@ -22,6 +23,7 @@ from h2t.features import FeatureLayout, default_embedding
 from h2t.folds import folds
 from h2t.head2toe import fit, logits
 from h2t.hyperparameters import Hyperparameters
+from h2t.methods import check_depth, find_method
 from h2t.metrics import accuracy, cross_entropy
 
 SEARCHED = ("learning_rate", "steps", "coefficient", "keep_fraction")
@@ -39,9 +41,10 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
     ``method``: any of ``h2t.methods.METHODS`` that leaves the backbone frozen. ``learning_rate``, ``steps``,
     ``coefficient``, ``keep_fraction`` (F), ``target_size`` (T, used with a backbone) and ``batch_size`` are
     the paper's. With ``cv``, a number of folds, the first four may be sequences: one ``fit`` computes the
-    features once and chooses by cross-validation. ``embedding`` names the tap that ``linear`` uses (default:
-    ``pre_logits``, or the last). Rows are shuffled once by ``random_state``, which also draws the first
-    weights. ``verbose`` 1 prints what it is at.
+    features once and chooses by cross-validation. ``max_depth``: the share of the multiply-adds of a forward
+    pass after which nothing is read any more, so that predicting needs no more of it (default: all).
+    ``embedding`` names the tap that ``linear`` uses (default: ``pre_logits``, or the last). Rows are shuffled
+    once by ``random_state``, which also draws the first weights. ``verbose`` 1 prints what it is at.
 
     After ``fit``: ``classes_``, ``head_`` (an ``h2t.head2toe.Head``), ``layout_``, ``n_features_in_``; with
     ``cv`` also ``best_params_``, ``best_score_`` and ``cv_results_`` (candidate -> mean validation accuracy).
@@ -61,6 +64,7 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
         coefficient: float | Sequence[float] = 1e-5,
         keep_fraction: float | Sequence[float] = 0.1,
         cv: int | None = None,
+        max_depth: float | None = None,
         batch_size: int = 128,
         embedding: str | None = None,
         random_state: int | np.random.RandomState | None = 0,
@@ -76,6 +80,7 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
         self.steps = steps
         self.coefficient = coefficient
         self.keep_fraction = keep_fraction
+        self.max_depth = max_depth
         self.batch_size = batch_size
         self.embedding = embedding
         self.cv = cv
@@ -138,11 +143,16 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):
             sys.stdout.write(f"{type(self).__name__}: {words}\n")
 
     def _load_backbone(self) -> None:
-        """The backbone itself, loaded anew where it is given by its name."""
+        """The backbone itself, loaded anew where it is given by its name, with the taps within the depth."""
+        if self.max_depth is not None and self.backbone is None:
+            raise UserError("max_depth: expected a backbone, whose forward passes it shortens; got features")
+        check_depth(self.max_depth, [find_method(self.method).name])
         self.backbone_ = self.backbone
         if isinstance(self.backbone, str):
             self._say(f"loading {self.backbone}")
             self.backbone_ = load_backbone(self.backbone, image_size=self.image_size, device=default_device())
+        if isinstance(self.backbone_, Backbone):
+            self.backbone_ = within_depth(self.backbone_, self.max_depth)
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities float32 [n_samples, n_classes], in the order of ``classes_``."""

@@ -51,6 +51,7 @@ from h2t.errors import UserError
 from h2t.features import FeatureLayout, unit_norm
 from h2t.heads.spec import Precision
 from h2t.images.preprocessing import Preprocessing, to_batch
+from h2t.packed import unpack
 
 LOSSES_CHECKED_EVERY = 50  # reading a loss waits for a GPU
 MODEL = "model"  # the metadata entry of a saved model
@@ -210,7 +211,7 @@ def train(
             checkpoints.save(_state(model, optimizer, losses, step, time.perf_counter() - started))
         optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
         torch.manual_seed(seed * 1_000_003 + step * batches.workers + batches.rank)
-        with _out_of_memory(too_large), tf32(options.precision == "tf32"):
+        with out_of_memory(too_large), tf32(options.precision == "tf32"):
             losses[step] = _step(runner, optimizer, batches, step)
         if (step + 1) % LOSSES_CHECKED_EVERY == 0 or step + 1 == steps:
             diverged = torch.nonzero(~losses[: step + 1].isfinite()).flatten().tolist()
@@ -230,7 +231,7 @@ def predict_logits(
     """
     model.eval()
     parts = [np.empty((0, model.head.out_features), np.float32)]
-    with torch.no_grad(), _out_of_memory(f"predicting {batch_size} images at once does not fit in memory"):
+    with torch.no_grad(), out_of_memory(f"predicting {batch_size} images at once does not fit in memory"):
         for start in range(0, len(images), batch_size):
             batch = to_batch(images[start : start + batch_size], preprocessing, model.head.weight.device)
             parts.append(model(batch).cpu().numpy())
@@ -276,16 +277,20 @@ def model_content(data: bytes) -> dict[str, Any]:
 
 
 def read_metadata(data: bytes) -> dict[str, Any]:
-    """Read the metadata of a safetensors file. Raises ValueError where that is not JSON, as ours is."""
+    """Read the metadata of a safetensors file. Raises ValueError where it is not ours."""
     try:  # the file begins with the length of its header, a little-endian uint64, and the header, JSON too
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return {entry: json.loads(text) for entry, text in header["__metadata__"].items()}
+        return {entry: _values(text) for entry, text in header["__metadata__"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError("it has no metadata of ours") from error
 
 
+def _values(text: str) -> Any:
+    return json.loads(text) if text.startswith("{") else unpack(text)
+
+
 @contextmanager
-def _out_of_memory(message: str) -> Iterator[None]:
+def out_of_memory(message: str) -> Iterator[None]:
     """Turn running out of memory, however torch says it, into OutOfMemory."""
     try:
         yield

@@ -4,13 +4,13 @@ A new method on frozen features is a row of ``METHODS``, with a rule in ``h2t/se
 in ``h2t/heads`` if it needs a new one. No other code knows a method by its name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Literal, Protocol
 
-from h2t.errors import unknown
+from h2t.errors import UserError, unknown
 from h2t.heads.spec import Normalization, Regularizer
 from h2t.hyperparameters import Hyperparameters
 
@@ -99,6 +99,16 @@ METHODS: dict[str, Method] = {
         ),
     )
 }  # fmt: skip
+
+
+def check_depth(max_depth: float | None, methods: Iterable[str]) -> None:
+    """Raise UserError for methods on the embedding, which comes last, where a pass is to end earlier."""
+    late = [name for name in methods if METHODS[name].features == "embedding"]
+    if max_depth is not None and max_depth < 1 and late:
+        raise UserError(
+            f"max_depth {max_depth:g}: {', '.join(late)} reads the embedding, where a forward pass ends; "
+            "expected methods on all taps, such as head2toe, or no max_depth"
+        )
 
 
 class Grid(Protocol):

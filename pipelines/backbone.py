@@ -18,6 +18,11 @@ def load(config: BackboneConfig, device: str = "cpu", weights: str | None = None
     return load_section(section, device)
 
 
+def load_whole(config: BackboneConfig) -> Backbone:
+    """The same with random weights and all taps, whatever ``max_depth``: to measure what a pass costs."""
+    return load(config.model_copy(update={"max_depth": None}), weights="random")
+
+
 def layouts(config: Config, backbone: Backbone) -> dict[int, FeatureLayout]:
     """The layout of a recipe's features at each of its target sizes."""
     how = config.backbone.aggregation

@@ -315,22 +315,24 @@ def taps(
     tokens: Annotated[str, typer.Option(help="sequence or grid.")] = "sequence",
     pooling: Annotated[str, typer.Option(help="average, average_max, average_std or pyramid.")] = "average",
 ) -> None:
-    """List a backbone's taps, their shapes, and the features of each at every target size."""
+    """List a backbone's taps: shape, share of a forward pass that ends there, features at target sizes."""
     from h2t.backbones.aggregation import Aggregation
     from h2t.backbones.loading import load_backbone
     from h2t.backbones.tap_reader import describe
+    from h2t.costs import tap_depths
 
     sizes = target_size or [512]
     aggregation = Aggregation.of({"cls_token": cls_token, "tokens": tokens, "pooling": pooling})
     loaded = load_backbone(backbone, weights=weights, image_size=image_size, taps=variant)
-    table = _table("tap", "module", "shape", *(f"T = {size}" for size in sizes))
-    totals = dict.fromkeys(sizes, 0)
+    table = _table("tap", "module", "shape", "depth", *(f"T = {size}" for size in sizes))
+    totals, depths = dict.fromkeys(sizes, 0), tap_depths(loaded)
     for row in describe(loaded, sizes, aggregation):
         widths = [row.features[size] for size in sizes]
-        table.add_row(row.tap, row.module, " × ".join(map(str, row.shape)), *map(str, widths))
+        shape, depth = " × ".join(map(str, row.shape)), f"{depths[row.tap]:.3f}"
+        table.add_row(row.tap, row.module, shape, depth, *map(str, widths))
         totals = {size: totals[size] + row.features[size] for size in sizes}
     table.add_section()
-    table.add_row(f"{len(loaded.taps)} taps", "", "N =", *(f"{total:,}" for total in totals.values()))
+    table.add_row(f"{len(loaded.taps)} taps", "", "", "N =", *(f"{total:,}" for total in totals.values()))
     _print(table)
 
 
@@ -344,6 +346,9 @@ def fit(
         str | None, typer.Option(help="folder, parquet, webdataset, table …; default: by the files.")
     ] = None,
     weights: Annotated[str, typer.Option(help="float32, float16 or int8, of the saved head.")] = "float32",
+    max_depth: Annotated[
+        float | None, typer.Option(help="The share of a forward pass that it may take, such as 0.5.")
+    ] = None,
     run_dir: RunDir = None,
     set_: Set = None,
     address: Address = None,
@@ -354,7 +359,7 @@ def fit(
     from pipelines.run_directory import RunDirectory
 
     kind = check_weight_type(weights)
-    config = fitting.recipe(images, backbone, image_size, format, overrides=set_ or ())
+    config = fitting.recipe(images, backbone, image_size, format, max_depth, set_ or ())
     out = out or f"{fitting.name_of(images)}.safetensors"
     if not out.endswith(".safetensors"):
         raise UserError(f"--out {out}: expected a name that ends with .safetensors")
@@ -372,14 +377,15 @@ def fit(
         table.add_row(each.method, f"{100 * each.held_out.mean:.1f}", f"{low:.1f} to {high:.1f}",
                       f"{100 * each.validation_accuracy:.1f}", f"{each.n_kept:,}")  # fmt: skip
     _print(table)
-    gain = fitting.difference(run)
-    console.print(
-        f"Head2Toe − linear on {chosen.n_test} held-out images: {100 * gain.mean:+.1f} points "
-        f"({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
-    )
+    if len(found) > 1:
+        gain = fitting.difference(run)
+        console.print(
+            f"Head2Toe − linear on {chosen.n_test} held-out images: {100 * gain.mean:+.1f} points "
+            f"({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+        )
     fitting.save_adapter(run, chosen, out, kind)
     console.print(
-        f"{out} is {chosen.method}, which cross-validation prefers; what it is: "
+        f"{out} is {chosen.method}{', which cross-validation prefers' * (len(found) > 1)}; what it is: "
         f"{out.removesuffix('.safetensors')}.md; use it: h2t predict {out} IMAGES"
     )
 

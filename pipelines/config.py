@@ -26,7 +26,7 @@ from h2t.errors import UserError
 from h2t.heads.spec import Precision
 from h2t.hyperparameters import Hyperparameters
 from h2t.images.formats import check_format, find_format
-from h2t.methods import METHODS, find_method, search_space
+from h2t.methods import METHODS, check_depth, find_method, search_space
 from h2t.precision import StoredPrecision
 from h2t.tasks import DEMO, Group, Task, demo_task, find_task
 from pipelines.studies import checked_name, find_study
@@ -95,6 +95,9 @@ class SecondBackbone(_Section):
 class BackboneConfig(_Section):
     """Which frozen network is read, where its weights come from, and how images reach it.
 
+    ``max_depth``: the share of the multiply-adds of a forward pass after which nothing is read any more, so
+    that neither training nor an adapter needs more of it; null is all.
+
     Paths, here and elsewhere in a recipe, are relative to the working directory.
     """
 
@@ -110,6 +113,13 @@ class BackboneConfig(_Section):
     normalization: Literal["backbone", "minus_one_to_one", "imagenet"] = "backbone"
     second: SecondBackbone | None = None
     precision: Precision = "float32"
+    max_depth: Fraction | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_a_depth_of_null(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that the keys of runs without one are what they were before there was such a setting."""
+        stated: dict[str, Any] = plain(self)
+        return {name: v for name, v in stated.items() if name != "max_depth" or v is not None}
 
     @property
     def aggregation(self) -> Aggregation:
@@ -317,6 +327,18 @@ class Config(_Section):
         if finetuned and self.backbone.second:
             raise ValueError(
                 f"backbone.second: {finetuned[0].name} trains the backbone; expected methods on frozen ones"
+            )
+        try:
+            check_depth(self.backbone.max_depth, self.methods)
+        except UserError as error:
+            raise ValueError(f"backbone.{error}") from None
+        if self.backbone.max_depth and self.backbone.second:
+            raise ValueError(
+                "backbone.max_depth: a second network runs after the first; expected one of both"
+            )
+        if self.backbone.max_depth and "single-tap" in self.studies:
+            raise ValueError(
+                "studies: single-tap reads the embedding; expected no backbone.max_depth with it"
             )
         inside = [method.name for method in finetuned if method.features == "kept"]
         if inside and self.finetune.gradient_checkpointing:

@@ -9,7 +9,7 @@ import numpy as np
 from h2t.backbones.pretrained import find_weights, name_in_timm, weights_identity
 from h2t.costs import measure_backbone
 from pipelines.artifacts import backbone_folder, bad_rows, features, features_key, manifest, write_rows
-from pipelines.backbone import layouts
+from pipelines.backbone import layouts, load_whole
 from pipelines.config import Config
 from pipelines.feature_files import FeatureTable, write_features
 from pipelines.products import Gap, RowFiles, Shard, count_rows
@@ -75,7 +75,7 @@ def make_manifests(session: Session, tasks: Sequence[str], advance: Advance) -> 
     if not tasks:
         return
     config = session.config
-    cost = measure_backbone(session.backbone)  # which does not depend on the weights
+    cost = measure_backbone(load_whole(config.backbone))
     section = config.backbone
     weights = weights_identity(section.name, section.weights, section.sha256)
     if section.weights != "random":

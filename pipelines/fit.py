@@ -69,9 +69,13 @@ def recipe(
     backbone: str,
     image_size: int | None = None,
     format: str | None = None,
+    max_depth: float | None = None,
     overrides: Sequence[str] = (),
 ) -> Config:
-    """The recipe of a fit. Raises UserError for an unknown format or backbone, among others."""
+    """The recipe of a fit. Raises UserError for an unknown format or backbone, among others.
+
+    With ``max_depth``, a share of a forward pass, there is no linear probe, which reads the end of it.
+    """
     name = name_of(images)
     input_config(backbone, image_size)  # before anything is written
     if format is not None and format not in ROOTED:
@@ -84,9 +88,9 @@ def recipe(
     }
     data: dict[str, Any] = {
         "name": f"fit-{name}",
-        "backbone": {"name": backbone, "image_size": image_size},
+        "backbone": {"name": backbone, "image_size": image_size, "max_depth": max_depth},
         "tasks": [task],
-        "methods": list(METHODS),
+        "methods": list(METHODS) if max_depth is None else ["head2toe"],
         "grid": GRID,
         "cross_validation": {"scheme": "shuffled"},
         "seeds": [0],
@@ -175,7 +179,7 @@ def model_card(data: bytes, row: dict[Any, Any], chosen: Fitted, name: str) -> s
     head, provenance = load_head(data)
     section, classes = json.loads(provenance["backbone"]), class_names(data)
     low, high = 100 * chosen.held_out.low, 100 * chosen.held_out.high
-    point = head.hyperparameters
+    point, depths = head.hyperparameters, [section["max_depth"]] if "max_depth" in section else []
     lines = [
         f"# {name}",
         "",
@@ -193,6 +197,7 @@ def model_card(data: bytes, row: dict[Any, Any], chosen: Fitted, name: str) -> s
         f"| training images | {row['n_train']}, {row['image_source']} |",
         f"| preprocessing | {row['preprocessing']} |",
         f"| weights of the backbone | {row['weights']} |",
+        *(f"| forward pass | ends within {depth:.0%} of its multiply-adds |" for depth in depths),
         "",
         "Licences of the images and of the backbone's weights are those of their publishers; this file holds",
         "neither.",

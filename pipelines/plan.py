@@ -29,7 +29,7 @@ from h2t.head2toe import fit
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
 from h2t.precision import BYTES
-from pipelines.backbone import layouts, load
+from pipelines.backbone import layouts, load, load_whole
 from pipelines.config import Config
 from pipelines.shard_stream import SHARDS_PER_ACTOR
 from pipelines.task_data import TaskData, open_task
@@ -91,7 +91,7 @@ class _Facts:
 
     @cached_property
     def cost(self) -> BackboneCost:
-        return measure_backbone(self.backbone)
+        return measure_backbone(load_whole(self.config.backbone))
 
     @property
     def n_stored(self) -> int:

@@ -17,13 +17,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+import torch
 from rich.console import Console
 from scipy.special import softmax
+from torch import nn
 
 from h2t.adapter import Adapter
 from h2t.device import default_device
 from h2t.errors import UserError
-from h2t.finetuning import TrainableModel, predict_logits
+from h2t.finetuning import TrainableModel, out_of_memory
 from h2t.head2toe import Head
 from h2t.images.preprocessing import prepare, to_batch
 from h2t.images.source import BadImage, EncodedImage
@@ -46,21 +48,17 @@ class Named:
 class Predictor:
     """Adapters, those of one frozen backbone grouped for shared forward passes."""
 
-    def __init__(self, adapters: Sequence[Named], opened: ExitStack) -> None:
+    def __init__(self, adapters: Sequence[Named]) -> None:
         self.adapters = adapters
         groups: dict[str, list[int]] = {}
         for position, named in enumerate(adapters):
             groups.setdefault(_group_key(named.adapter, position), []).append(position)
-        self.groups: list[tuple[list[int], SharedPass | TrainableModel]] = []
+        self.groups: list[tuple[list[int], nn.Module]] = []
         for positions in groups.values():
             first = adapters[positions[0]].adapter
             heads = [head for p in positions if isinstance(head := adapters[p].adapter.head, Head)]
-            if heads:
-                shared = SharedPass(first.backbone, heads, first.aggregation)
-                self.groups.append((positions, opened.enter_context(shared)))
-            else:
-                assert isinstance(first.head, TrainableModel)
-                self.groups.append((positions, first.head))
+            shared = SharedPass(first.backbone, heads, first.aggregation) if heads else first.model
+            self.groups.append((positions, shared))
 
     def prepared(
         self, images: Sequence[EncodedImage]
@@ -86,11 +84,11 @@ class Predictor:
         found: dict[int, np.ndarray] = {}
         for (positions, model), images in zip(self.groups, by_group, strict=True):
             adapter = self.adapters[positions[0]].adapter
-            if isinstance(model, SharedPass):
-                logits = model.logits(to_batch(images, adapter.preprocessing, adapter.device))
-            else:
-                logits = [predict_logits(model, images, adapter.preprocessing)]
-            found |= dict(zip(positions, logits, strict=True))
+            message = f"{len(images)} images at once do not fit in memory; lower --batch-size"
+            with torch.no_grad(), out_of_memory(message):
+                logits = model(to_batch(images, adapter.preprocessing, adapter.device))
+            of_each = logits if isinstance(logits, list) else [logits]
+            found |= {p: values.cpu().numpy() for p, values in zip(positions, of_each, strict=True)}
         return [softmax(found[position], axis=1) for position in range(len(self.adapters))]
 
 
@@ -175,7 +173,7 @@ def predict(
     """
     shown, bad = pd.DataFrame(), list[str]()
     with ExitStack() as opened:
-        predictor = Predictor(load_adapters(files), opened)
+        predictor = Predictor(load_adapters(files))
         top = min(top, *(len(named.adapter.classes) for named in predictor.adapters))
         writer: pq.ParquetWriter | pyarrow.csv.CSVWriter | None = None
         total = sum(files.n_images for files in found)

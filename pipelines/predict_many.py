@@ -6,7 +6,6 @@ goes on with the parts that lack, and other adapters or images make other files.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from rich.console import Console
 
+from h2t.adapter import class_names
 from h2t.images.remote import open_root
 from h2t.images.unlabelled import ImageFiles
 from pipelines.cluster import backbone_actors, connect
@@ -63,10 +63,9 @@ class PartPredictor:
 
     def __init__(self, files: Sequence[str], top: int, batch_size: int, run: RunDirectory) -> None:
         self.top, self.batch_size, self.run = top, batch_size, run
-        self.opened = ExitStack()
         self.adapters: list[Named] = []
         self.error = user_error_of(lambda: self.adapters.extend(load_adapters(files)))
-        self.predictor = Predictor(self.adapters, self.opened)
+        self.predictor = Predictor(self.adapters)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Predict a part."""
@@ -100,7 +99,7 @@ def predict_many(
     """
     run, folder = RunDirectory.around(out.rstrip("/"))
     run.require_writable()
-    top = min(top, *(len(named.adapter.classes) for named in load_adapters(adapters)))
+    top = min(top, *(len(class_names(file)) for file in adapters))
     wanted = list(parts(found, adapters, top, folder))
     present = set(run.names(folder))
     missing = [part for part in wanted if part.file not in present]

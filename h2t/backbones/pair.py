@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap import Tap
+from h2t.costs import within_depth
 from h2t.errors import UserError
 
 SECOND_EMBEDDING = "second_pre_logits"
@@ -69,14 +70,14 @@ EMBEDDINGS = "embeddings"  # the taps of a section that has a second network: th
 
 
 def load_section(section: Mapping[str, Any], device: str = "cpu") -> Backbone:
-    """The backbone of a recipe's section of that name, with the second network that it may name.
+    """The backbone of a recipe's section of that name, with the second network or the depth that it may name.
 
-    Raises UserError as ``load_backbone`` does.
+    Raises UserError as ``load_backbone`` and ``within_depth`` do.
     """
     second = section.get("second")
     stated = {name: section[name] for name in ARGUMENTS if section.get(name)}
     if not second:
-        return load_backbone(**stated, device=device)
+        return within_depth(load_backbone(**stated, device=device), section.get("max_depth"))
     alone = stated.get("taps") == EMBEDDINGS
     first = load_backbone(**{**stated, **({"taps": "auto"} if alone else {})}, device=device)
     other = {name: second[name] for name in ARGUMENTS if second.get(name)}

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from threading import Lock, get_ident
 from types import TracebackType
 from typing import TypeVar
 
@@ -55,9 +56,8 @@ class TapReader:
         self.aggregation = aggregation
         self.gradients = gradients
         self._pooled: dict[int, dict[int, Tensor]] = {}  # by tap and target size
-        self._hooks = _Hooks(backbone, self._collect)
+        self._hooks, self._lock = _Hooks(backbone, self._collect), Lock()
         self._largest_batch = 0
-        self._is_graph = compiled
         self._compiled = torch.compile(self.pooled, fullgraph=True, dynamic=False) if compiled else None
 
     def __call__(self, images: Tensor) -> dict[int, list[Tensor]]:
@@ -68,6 +68,7 @@ class TapReader:
             batch = self._filled_up(batch)
         batch = batch.contiguous(memory_format=torch.channels_last)
         with (
+            self._lock,
             torch.set_grad_enabled(self.gradients),
             torch.inference_mode(not self.gradients),
             tf32(self.backbone.precision == "tf32"),
@@ -92,7 +93,7 @@ class TapReader:
 
     @property
     def _ends_early(self) -> bool:
-        return not (self._is_graph or self.gradients)
+        return not (self.gradients or torch.compiler.is_compiling())
 
     def _filled_up(self, batch: Tensor) -> Tensor:
         """The batch with as many images as the largest seen: every number of images is compiled anew."""
@@ -220,7 +221,7 @@ class _Hooks:
         self._collect = collect
         self._model = backbone.model
         self._calls: dict[tuple[str, str], int] = {}
-        self._started = False
+        self._thread: int | None = None  # of the pass that is ours
         taps_at: dict[tuple[str, str], list[tuple[int, Tap]]] = {}
         for index, tap in enumerate(backbone.taps):
             taps_at.setdefault((tap.module, tap.point), []).append((index, tap))
@@ -228,11 +229,11 @@ class _Hooks:
 
     def start(self) -> None:
         """Count calls of modules from the beginning of a forward pass."""
-        self._calls, self._started = {}, True
+        self._calls, self._thread = {}, _this_thread()
 
     def stop(self) -> None:
-        """Let passes be that are none of ours: others may read the same model."""
-        self._started = False
+        """Let passes be that are none of ours: others may read the same model, at the same time too."""
+        self._thread = None
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -246,12 +247,17 @@ class _Hooks:
         return module.register_forward_hook(lambda module, given, returned: self._see(hook, taps, returned))
 
     def _see(self, hook: tuple[str, str], taps: list[tuple[int, Tap]], activation: Tensor) -> None:
-        if not self._started:
+        if self._thread != _this_thread():
             return
         call = self._calls[hook] = self._calls.get(hook, -1) + 1
         for index, tap in taps:
             if tap.call == call:
                 self._collect(index, _arranged(activation, tap, self._model))
+
+
+def _this_thread() -> int:
+    """The thread; always the same while a graph is made, which has none."""
+    return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 def _arranged(activation: Tensor, tap: Tap, model: nn.Module) -> Tensor:

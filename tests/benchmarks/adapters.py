@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
@@ -64,15 +63,12 @@ def task_row(task: str, file: Path, n_images: int) -> dict[str, object]:
         [prepare(image, adapter.preprocessing) for image in source.read("test", range(50))],
         adapter.preprocessing,
     )
-    with (
-        SharedPass(backbone, [head]) as needed,
-        TapReader(backbone, [head.hyperparameters.target_size]) as every,
-        torch.inference_mode(),
-    ):
-        share = flops(lambda: needed.logits(batch)) / flops(lambda: backbone.model(batch))
+    needed = SharedPass(backbone, [head])
+    with TapReader(backbone, [head.hyperparameters.target_size]) as every, torch.inference_mode():
+        share = flops(lambda: needed(batch)) / flops(lambda: backbone.model(batch))
         times = seconds(
             {
-                "needed": lambda: needed.logits(batch),
+                "needed": lambda: needed(batch),
                 "every tap": lambda: every(batch),
                 "bare": lambda: backbone.model(batch),
             }
@@ -107,14 +103,11 @@ def together(files: list[Path]) -> dict[str, object]:
     batch = torch.randn(50, 3, size, size)
     heads = [head_of(adapter) for adapter in adapters]
     alone = [SharedPass(adapter.backbone, [head]) for adapter, head in zip(adapters, heads, strict=True)]
-    with SharedPass(first.backbone, heads) as shared:
-        times = seconds(
-            {"together": lambda: shared.logits(batch), "apart": lambda: [one.logits(batch) for one in alone]}
-        )
-        expected = [one.logits(batch)[0] for one in alone]
-        difference = max(
-            float(np.abs(a - b).max()) for a, b in zip(shared.logits(batch), expected, strict=True)
-        )
+    shared = SharedPass(first.backbone, heads)
+    with torch.inference_mode():
+        times = seconds({"together": lambda: shared(batch), "apart": lambda: [one(batch) for one in alone]})
+        pairs = zip(shared(batch), [one(batch)[0] for one in alone], strict=True)
+        difference = max(float((first - second).abs().max()) for first, second in pairs)
     return {
         "adapters": len(files),
         "times as fast": times["apart"] / times["together"],

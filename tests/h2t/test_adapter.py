@@ -1,6 +1,8 @@
+import copy
 import hashlib
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,11 @@ from safetensors.numpy import load, save
 from safetensors.torch import save_file
 from scipy.special import softmax
 
-from h2t.adapter import Adapter, WeightType, convert_head, load_head, save_head
+from h2t.adapter import Adapter, WeightType, class_names, convert_head, load_head, save_head
 from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap_reader import feature_layout
+from h2t.checksum import tensor_digest
+from h2t.costs import BackboneCost, HeadSize, storage_bytes
 from h2t.errors import UserError
 from h2t.extraction import extract_features, preprocessing_for
 from h2t.features import FeatureLayout
@@ -24,12 +28,14 @@ from h2t.finetuning import (
     TrainableModel,
     embedding_features,
     predict_logits,
+    read_metadata,
     save_model,
     train,
 )
 from h2t.head2toe import Head, fit, logits
 from h2t.hyperparameters import Hyperparameters
 from h2t.images.source import BadImage, EncodedImage
+from h2t.packed import pack, unpack
 
 SIZE, TARGET = 48, 32
 CONFIG = {"name": "test_resnet", "weights": "random", "image_size": SIZE, "normalization": "minus_one_to_one"}
@@ -103,6 +109,21 @@ def test_the_file_is_plain_safetensors() -> None:
     assert set(load(saved(random_head(), 3))) == {"kept_bitmap", "weight", "bias"}
 
 
+@pytest.mark.parametrize("format", ["head2toe-head-3", "head2toe-head-4"])
+def test_heads_of_earlier_formats_are_read(format: str) -> None:
+    head = random_head()
+    data = saved(head, 3)
+    stored = load(data)
+    if format == "head2toe-head-3":
+        del stored["kept_bitmap"]
+        stored["kept"] = head.kept
+    content = read_metadata(data)["head"] | {"format": format, "sha256": tensor_digest(save(stored))}
+    loaded, provenance = load_head(save(stored, metadata={"head": json.dumps(content)}))
+    assert provenance == {"task": "colours"}
+    for name, value in vars(head).items():
+        np.testing.assert_array_equal(getattr(loaded, name), value)
+
+
 def test_kept_features_are_stored_as_the_smaller_of_two(head: Head) -> None:
     few = replace(head, kept=head.kept[:3], weight=head.weight[:3])
     for stored, name in ((few, "kept"), (head, "kept_bitmap")):
@@ -143,6 +164,21 @@ def test_only_what_a_head_reads_is_computed(backbone: Backbone, head: Head, imag
     assert not {tap.module for tap in backbone.taps[2:]} & set(seen)
 
 
+@pytest.mark.filterwarnings("ignore:.*too small for a pooling window")
+def test_a_small_head_takes_hardly_more_than_the_cost_model_says() -> None:
+    layout = feature_layout(load_backbone("efficientnet_lite0", weights="random", image_size=128), 512)
+    random, n_kept = np.random.default_rng(0), int(0.05 * layout.n_features)
+    kept = np.sort(random.choice(layout.n_features, n_kept, replace=False))
+    weight, bias = (random.normal(size=shape).astype(np.float32) for shape in ((n_kept, 2), 2))
+    point = Hyperparameters("head2toe", 512, 0.01, 300, 1e-5, 0.05)
+    head = Head(point, 0, kept, layout, weight, bias, 0.0655899941)
+    section = CONFIG | {"name": "efficientnet_lite0", "sha256": hashlib.sha256(b"").hexdigest()}
+    provenance = {"backbone": json.dumps(section), "task": "solar_cells", "processor": "some CPU, AVX2"}
+    size = HeadSize(layout.n_features, n_kept, 2)
+    cost = storage_bytes("head2toe", BackboneCost(0, 0, 1280), size)
+    assert cost < len(saved(head, 2, provenance)) < 1.05 * cost
+
+
 def damaged():
     good = saved(random_head(), 3)
     header = json.loads(good[8 : 8 + int.from_bytes(good[:8], "little")])
@@ -153,7 +189,8 @@ def damaged():
     yield "another's", save(tensors, metadata={"format": "pt"}), "no metadata of ours"
     yield "other tensors", save({"x": tensors["bias"]}, metadata=metadata), "damaged"
     yield "no metadata", save(tensors), "damaged"
-    other = {"head": json.dumps(json.loads(metadata["head"]) | {"format": "other"})}
+    other = {"head": pack(unpack(metadata["head"]) | {"format": "other"})}
+    yield "packed otherwise", save(tensors, metadata={"head": metadata["head"][:-9]}), "no metadata of ours"
     yield "other format", save(tensors, metadata=other), "expected format"
     yield "shapes", save(tensors | {"bias": tensors["bias"][:-1].copy()}, metadata=metadata), "do not match"
     bitmap = tensors.pop("kept_bitmap")
@@ -204,6 +241,53 @@ def test_adapter_predicts_what_the_head_does(backbone, images, head) -> None:
     assert (labels == np.arange(24) % 2).mean() > 0.9
 
 
+def test_adapter_is_a_module_from_pixels_to_logits(backbone, images, head) -> None:
+    adapter = Adapter(backbone, head)
+    expected = adapter._logits(images[:1], 50)
+    pixels = torch.from_numpy(images[0]).permute(2, 0, 1)[None]
+    np.testing.assert_allclose(adapter(pixels).numpy(), expected, atol=1e-5)
+    names = set(adapter.state_dict())
+    of_head = {"model.heads.0.kept", "model.heads.0.weight", "model.heads.0.bias"}
+    assert names == of_head | {f"model.backbone.{name}" for name in backbone.model.state_dict()}
+    assert not adapter.training
+    assert not any(weight.requires_grad for weight in adapter.parameters())
+    twin = copy.deepcopy(adapter)
+    with torch.no_grad():
+        twin.model.heads[0].bias += 1
+    np.testing.assert_allclose(twin._logits(images[:1], 50), expected + 1, atol=1e-5)
+    np.testing.assert_array_equal(adapter._logits(images[:1], 50), expected)
+    for wrong in (pixels[0], pixels.permute(0, 2, 3, 1)):
+        with pytest.raises(UserError, match=r"expected pixels of shape \[n, 3, height, width\], got"):
+            adapter(wrong)
+
+
+def test_gradients_of_an_adapter_reach_pixels_and_the_head(backbone, images, head) -> None:
+    adapter = copy.deepcopy(Adapter(backbone, head)).requires_grad_(True)
+    pixels = torch.from_numpy(images[0]).permute(2, 0, 1)[None].float().requires_grad_(True)
+    logit = adapter(pixels)[0, 1]
+    logit.backward()
+    direction = pixels.grad / pixels.grad.norm()
+    with torch.no_grad():
+        ahead, behind = (adapter(pixels + step * direction)[0, 1] for step in (0.5, -0.5))
+    assert float(ahead - behind) == pytest.approx(float(pixels.grad.norm()), rel=0.05)
+    assert adapter.model.heads[0].bias.grad.tolist() == [0, 1]
+    assert (adapter.model.heads[0].weight.grad[:, 1] != 0).any()
+
+
+@pytest.mark.parametrize("finetuned", [False, True])
+def test_threads_share_an_adapter(images, head, finetuned: bool) -> None:
+    backbone = load_backbone("test_resnet", weights="random", image_size=SIZE)
+    features = KeptFeatures(head.kept, head.layout, TARGET)
+    model = TrainableModel(backbone, features, 2, options=FinetuneOptions()) if finetuned else head
+    adapter = Adapter(backbone, model)
+    parts = [images[start : start + 4] for start in range(0, 20, 2)]
+    expected = [adapter.predict(part).probabilities for part in parts]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda part: adapter.predict(part, batch_size=2).probabilities, 5 * parts))
+    for before, after in zip(5 * expected, found, strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-5)
+
+
 def test_adapter_from_a_file_names_classes_and_reads_files(tmp_path: Path, images, head, backbone) -> None:
     path = tmp_path / "image.png"
     PillowImage.fromarray(images[1]).save(path)
@@ -216,6 +300,21 @@ def test_adapter_from_a_file_names_classes_and_reads_files(tmp_path: Path, image
         adapter.predict([tmp_path / "nothing.png"])
     with pytest.raises(UserError, match="expected a list of images"):
         adapter.predict(str(path))
+
+
+def test_classes_are_told_without_a_backbone(head) -> None:
+    unknown = {"backbone": json.dumps({"name": "nobody's"})}
+    assert class_names(saved(head, ["red", "blue"], unknown)) == ["red", "blue"]
+    assert class_names(saved(head, 2, unknown)) == ["0", "1"]
+    backbone = load_backbone("test_resnet", weights="random", image_size=SIZE)
+    features = embedding_features(backbone)
+    model = TrainableModel(backbone, features, 2, options=FinetuneOptions())
+    for classes, names in ((["red", "blue"], ["red", "blue"]), (2, ["0", "1"])):
+        data = save_model(model, features, {"classes": classes})
+        assert class_names(data) == names
+    for damaged in (b"", data[:-9], data[:-1] + b"x", save({"x": np.zeros(2)})):
+        with pytest.raises(UserError, match="the given bytes is not a head or model saved by this package"):
+            class_names(damaged)
 
 
 def test_adapter_refuses_a_backbone_with_other_features(images, head) -> None:

@@ -1,10 +1,17 @@
+import math
+import re
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from h2t import costs, paper
 from h2t.backbones.loading import load_backbone
-from h2t.costs import BackboneCost, HeadSize, flops_up_to, measure_backbone
-from h2t.methods import METHODS
+from h2t.backbones.pair import load_section
+from h2t.backbones.tap_reader import TapReader
+from h2t.costs import BackboneCost, HeadSize, flops_up_to, measure_backbone, tap_depths, within_depth
+from h2t.errors import UserError
+from h2t.methods import METHODS, check_depth
 
 TINY = BackboneCost(forward_flops=1000, parameters=50, embedding_width=8)
 HEAD = HeadSize(n_features=40, n_kept=4, n_classes=3)
@@ -109,3 +116,40 @@ def test_operations_up_to_a_tap_grow_to_those_of_a_whole_pass() -> None:
     values = list(found.values())
     assert values == sorted(values)
     assert 0 < values[0] < values[-1] == measure_backbone(backbone).forward_flops
+
+
+@pytest.mark.parametrize("max_depth", [0.3, 0.7, 1.0])
+def test_a_pass_within_a_depth_takes_no_more_than_that(max_depth: float) -> None:
+    backbone = load_backbone("test_resnet", weights="random", image_size=48)
+    depths = tap_depths(backbone)
+    assert max(depths.values()) == 1
+    within = within_depth(backbone, max_depth)
+    assert [tap.name for tap in within.taps] == [tap for tap in depths if depths[tap] <= max_depth]
+    assert (len(within.taps) == len(backbone.taps)) == (max_depth == 1)
+    assert within.embedding == (backbone.embedding if max_depth == 1 else within.taps[-1].name)
+    with TapReader(within, [32]) as reader, FlopCounterMode(display=False) as counter:
+        reader(torch.zeros(1, 3, 48, 48))
+    share = counter.get_total_flops() / flops_up_to(backbone)[backbone.taps[-1].name]
+    assert share == pytest.approx(depths[within.taps[-1].name])
+    assert share <= max_depth
+    # As a recipe's section, a head's among them, has it.
+    section = {"name": "test_resnet", "weights": "random", "image_size": 48, "max_depth": max_depth}
+    assert load_section(section).taps == within.taps
+
+
+def test_depths_that_cannot_be_had_are_the_users() -> None:
+    backbone = load_backbone("test_resnet", weights="random", image_size=48)
+    assert within_depth(backbone, None) is backbone
+    for wrong in (0.0, -1.0, 1.5, math.nan):
+        with pytest.raises(UserError, match=r"share of a forward pass in \(0, 1\], got"):
+            within_depth(backbone, wrong)
+    with pytest.raises(
+        UserError, match=r"before the first tap of test_resnet; expected (0\.\d+) to 1"
+    ) as caught:
+        within_depth(backbone, 1e-6)
+    advised = float(re.findall(r"expected (\S+) to 1", str(caught.value))[0])
+    assert len(within_depth(backbone, advised).taps) >= 1
+    check_depth(0.5, ["head2toe", "all_l2"])
+    check_depth(1.0, ["linear"])
+    with pytest.raises(UserError, match=r"max_depth 0\.5: knn, linear reads the embedding"):
+        check_depth(0.5, ["knn", "head2toe", "linear"])

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from joblib import parallel_config
 from PIL import Image
 from sklearn.base import clone
 from sklearn.datasets import load_digits
@@ -14,6 +15,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from h2t.adapter import Adapter
 from h2t.backbones.aggregation import Aggregation
 from h2t.backbones.loading import load_backbone
+from h2t.backbones.tap_reader import feature_layout
+from h2t.costs import within_depth
 from h2t.errors import UserError
 from h2t.estimator import Head2ToeClassifier
 from h2t.features import FeatureLayout
@@ -123,6 +126,54 @@ def test_images_through_a_backbone() -> None:
     assert classifier.layout_.n_features > paper.n_features
     adapter = Adapter(backbone, classifier.head_, aggregation=aggregation)
     np.testing.assert_array_equal(adapter.predict(list(images)).labels, classifier.predict(list(images)))
+
+
+def test_no_more_of_a_forward_pass_is_read_than_asked_for() -> None:
+    random, y = np.random.default_rng(0), np.arange(24) % 2
+    colours = np.array([[200, 40, 40], [40, 40, 200]])[y][:, None, None]
+    images = list((colours + random.integers(-30, 30, (24, 48, 48, 3))).astype(np.uint8))
+    backbone = load_backbone("test_resnet", weights="random", image_size=48)
+    settings = {"backbone": backbone, "target_size": 32, "learning_rate": 0.1, "steps": 20}
+    classifier = Head2ToeClassifier(max_depth=0.5, keep_fraction=(0.1, 0.5), cv=2, **settings)
+    classifier.fit(images, y)
+    early = within_depth(backbone, 0.5)
+    assert classifier.layout_ == classifier.head_.layout == feature_layout(early, 32)
+    assert 0 < len(classifier.layout_.taps) < len(backbone.taps)
+    assert classifier.best_params_["keep_fraction"] in (0.1, 0.5)
+    assert (classifier.predict(images) == y).mean() > 0.9
+    with pytest.raises(UserError, match=r"max_depth 0\.5: linear reads the embedding"):
+        Head2ToeClassifier("linear", max_depth=0.5, **settings).fit(images, y)
+    with pytest.raises(UserError, match="max_depth: expected a backbone"):
+        Head2ToeClassifier(max_depth=0.5).fit(np.zeros((4, 3)), [0, 1, 0, 1])
+
+
+@pytest.mark.slow  # its processes import torch
+def test_several_processes_come_to_what_one_does(digits) -> None:
+    classifier = Head2ToeClassifier(layout=LAYOUT, keep_fraction=0.8, learning_rate=0.1, steps=50)
+    grid = {"keep_fraction": [0.05, 0.8], "learning_rate": [0.1, 0.01]}
+    scores, searches = [], []
+    for n_jobs in (1, 2):
+        with parallel_config("loky", inner_max_num_threads=1):  # several round otherwise
+            scores.append(cross_val_score(classifier, *digits, cv=3, n_jobs=n_jobs))
+            searches.append(GridSearchCV(classifier, grid, cv=2, n_jobs=n_jobs).fit(*digits))
+    np.testing.assert_array_equal(*scores)
+    np.testing.assert_array_equal(*(search.cv_results_["mean_test_score"] for search in searches))
+    first, second = (search.best_estimator_.head_ for search in searches)
+    np.testing.assert_array_equal(first.weight, second.weight)
+    assert searches[0].best_params_ == searches[1].best_params_
+
+
+@pytest.mark.slow
+def test_processes_load_a_backbone_by_its_name() -> None:
+    random, y = np.random.default_rng(0), np.arange(16) % 2
+    colours = np.array([[200, 40, 40], [40, 40, 200]])[y][:, None, None]
+    images = list((colours + random.integers(-30, 30, (16, 48, 48, 3))).astype(np.uint8))
+    classifier = Head2ToeClassifier(
+        backbone="efficientnet_lite0", image_size=64, target_size=32, learning_rate=0.1, steps=20
+    )
+    with parallel_config("loky", inner_max_num_threads=1):
+        scores = [cross_val_score(classifier, images, y, cv=2, n_jobs=n_jobs) for n_jobs in (1, 2)]
+    np.testing.assert_array_equal(*scores)
 
 
 def test_one_fit_chooses_by_cross_validation_as_a_grid_search_would(digits, capsys) -> None:

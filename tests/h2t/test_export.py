@@ -12,7 +12,7 @@ from h2t.backbones.aggregation import PAPER, Aggregation
 from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap_reader import feature_layout
 from h2t.errors import UserError
-from h2t.export import PixelsToLogits, export_onnx
+from h2t.export import export_onnx
 from h2t.extraction import extract_features, preprocessing_for
 from h2t.finetuning import FinetuneOptions, TrainableModel, embedding_features
 from h2t.head2toe import fit
@@ -92,7 +92,7 @@ def test_modules_give_the_logits_of_fine_tuned_networks_and_of_resized_images() 
             pixels = [np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC)) for image in opened]
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float()
         with torch.no_grad():
-            np.testing.assert_allclose(PixelsToLogits(made)(batch).numpy(), expected, rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(made(batch).numpy(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_neighbours_are_refused(tmp_path: Path) -> None:

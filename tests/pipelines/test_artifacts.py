@@ -81,6 +81,13 @@ def test_another_cut_of_the_work_recomputes_nothing(
     assert not Path(run.uri, "superseded").exists()
 
 
+def test_what_is_read_within_a_depth_is_other(images: Path) -> None:
+    usual = keys(small_config(images, methods=["head2toe"]))
+    early = keys(small_config(images, methods=["head2toe"], backbone={"max_depth": 0.5}))
+    assert not any(early[kind] == usual[kind] for kind in early)
+    assert keys(small_config(images, methods=["head2toe"], backbone={"max_depth": None})) == usual
+
+
 def test_strict_results_are_others(images: Path) -> None:
     strict, usual = keys(small_config(images, deterministic="strict")), keys(small_config(images))
     assert not any(strict[kind] == usual[kind] for kind in strict)

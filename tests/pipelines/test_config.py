@@ -96,6 +96,8 @@ def with_setting(key: str, value: object) -> dict:
         ("backbone.image_size", 10**8, "backbone.image_size: expected a number less than or equal to 8192"),
         ("cross_validation", {"scheme": "archive", "n_folds": 4}, "n_folds: expected 5"),
         ("images.options", {"shuffle": {1, 2}}, "expected plain YAML values only"),
+        ("backbone.max_depth", 0.0, "backbone.max_depth: expected a number greater than 0"),
+        ("backbone.max_depth", 0.5, "backbone.max_depth 0.5: linear reads the embedding, where a forward"),
         ("grid.steps", "long " * 100, "…"),
     ],
 )
@@ -165,6 +167,27 @@ def test_settings_that_some_fine_tuned_methods_refuse(keys: dict, message: str) 
     with pytest.raises(UserError, match=message):
         parse_config({**RECIPE, **keys, "methods": [*METHODS]}, "recipe")
     assert parse_config({**RECIPE, **keys, "methods": ["linear", "head2toe", "scratch"]}, "recipe")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"studies": ["single-tap"]}, "single-tap reads the embedding"),
+        (
+            {"backbone": {"name": "resnet50", "max_depth": 0.5, "second": {"name": "vitb16"}}},
+            "expected one of",
+        ),
+    ],
+)
+def test_settings_that_a_depth_refuses(keys: dict, message: str) -> None:
+    deep = {**RECIPE, "methods": ["head2toe", "all_l2"], "backbone": {"name": "resnet50", "max_depth": 0.5}}
+    assert parse_config(deep, "recipe").backbone.model_dump()["max_depth"] == 0.5
+    with pytest.raises(UserError, match=message):
+        parse_config({**deep, **keys}, "recipe")
+
+
+def test_what_a_recipe_without_a_depth_says_is_what_it_said_before_there_was_one() -> None:
+    assert "max_depth" not in parse_config(RECIPE, "recipe").model_dump(mode="json")["backbone"]
 
 
 @dataclass

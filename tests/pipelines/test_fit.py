@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from h2t.adapter import Adapter
+from h2t.backbones.loading import load_backbone
+from h2t.costs import within_depth
 from h2t.errors import UserError
 from h2t.images.preprocessing import decode
 from h2t.images.source import EncodedImage
@@ -107,6 +109,26 @@ def test_fit_says_what_it_found_and_writes_a_card(fitted: Path) -> None:
     assert "notes.txt" in "".join(shown.split())
 
 
+@pytest.mark.slow
+def test_fit_within_a_depth_reads_no_later_tap(
+    leaves: Path, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
+    status, shown = invoke(
+        "fit", str(leaves), "--backbone", "test_resnet", "--image-size", "48", "--max-depth", "0.5", *settings
+    )
+    assert status == 0, shown
+    assert "linear" not in shown
+    whole = load_backbone("test_resnet", weights="random", image_size=48)
+    adapter = Adapter.load("leaves.safetensors")
+    assert adapter.backbone.taps == within_depth(whole, 0.5).taps
+    assert adapter.head.layout.taps == tuple(tap.name for tap in adapter.backbone.taps)  # type: ignore[union-attr]
+    assert "ends within 50% of its multiply-adds" in Path("leaves.md").read_text()
+    stored = pq.ParquetFile(next(Path("runs/fit-leaves/features").rglob("*.parquet"))).schema_arrow.names
+    assert not {tap.name for tap in whole.taps if tap not in adapter.backbone.taps} & set(stored)
+
+
 def test_fit_goes_on_where_it_stopped(fitted: Path, leaves: Path) -> None:
     settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
     status, shown = invoke(
@@ -170,11 +192,13 @@ def test_adapters_of_one_backbone_share_its_passes(fitted: Path, leaves: Path, t
             "expected a name that ends with .parquet or .csv",
         ),
         (["predict", "{broken}", "{leaves}"], "is not a head or model saved by this package, or is damaged"),
+        (["predict", "{broken}", "{leaves}", "--out", "many/"], "saved by this package, or is damaged"),
         (["fit", "{empty}"], "no folders of classes with images"),
         (["fit", "{leaves}", "--backbone", "resnet51"], "unknown"),
         (["fit", "{leaves}", "--weights", "int4"], "unknown type of weights 'int4'"),
         (["fit", "{leaves}", "--out", "leaf.bin"], "expected a name that ends with .safetensors"),
         (["fit", "{leaves}", "--format", "bundled"], "--format: expected one of"),
+        (["fit", "{leaves}", "--max-depth", "2"], "backbone.max_depth: expected a number less than or equal"),
         (["export", "{adapter}", "leaf.pt"], "expected a name that ends with .onnx or .safetensors"),
         (["inspect", "nothing.safetensors"], "there is no file at 'nothing.safetensors'"),
         (["inspect", "{leaves}"], "neither a run directory nor"),

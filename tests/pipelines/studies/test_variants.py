@@ -21,7 +21,7 @@ ON_HEADS = [name for name in study_names() if isinstance(find_study(name), Study
 @pytest.fixture
 def facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Facts:
     """Of made-up taps, which cost equally much."""
-    monkeypatch.setattr(depth, "flops_up_to", lambda backbone: {tap: n for n, tap in enumerate(TAPS, 1)})
+    monkeypatch.setattr(depth, "tap_depths", lambda backbone: {tap: n / 32 for n, tap in enumerate(TAPS, 1)})
     write_task(tmp_path, "first")
     task = open_task(small_config(tmp_path, tasks=["first"]), "first")
     layouts = {size: FeatureLayout(TAPS, (*(size for _ in TAPS[1:]), 60)) for size in (16, 64)}
