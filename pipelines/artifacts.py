@@ -31,6 +31,7 @@ FINETUNING_VERSION = 2  # likewise for trained backbones
 PREDICTIONS_VERSION = 2  # likewise for what is kept of predictions
 KEPT_VERSION = 2  # likewise for what is told of kept features
 THUMBNAILS_VERSION = 1  # likewise for the images that the report shows
+EXPLANATIONS_VERSION = 1  # likewise for the explained predictions that it shows
 STUDY_VERSION = 1  # likewise for the result rows of studies
 
 Kind = Literal["frozen", "finetuned"]
@@ -411,6 +412,13 @@ def thumbnails(task: TaskData, predicted: str) -> Files:
     folder = _folder(task, "thumbnails", task.name)
     key = fingerprint(THUMBNAILS_VERSION, task.image_identity("train"), predicted)
     return Files(folder, {f"{folder}/thumbnails-{key}.parquet": task.name})
+
+
+def explanations(task: TaskData, predicted: str, count: int = 0) -> Files:
+    """Explanations of so many predictions of that key; 0: only which are still right, as a run wants none."""
+    folder = _folder(task, "explanations", task.name)
+    key = fingerprint(EXPLANATIONS_VERSION, predicted)
+    return Files(folder, {f"{folder}/of-{count}-{key}.parquet": task.name} if count else {}, [key])
 
 
 def required(run: RunDirectory, name: str, stage: str) -> str:

@@ -7,8 +7,11 @@ import pandas as pd
 from h2t.errors import UserError
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
+from pipelines.artifacts import chosen_from_trials, heads, required
+from pipelines.products import Files
 from pipelines.run_directory import RunDirectory
 from pipelines.schemas import POINT
+from pipelines.task_data import TaskData
 
 
 def choose(trials: pd.DataFrame) -> pd.DataFrame:
@@ -69,3 +72,11 @@ def read_chosen(run: RunDirectory, name: str, methods: Iterable[str]) -> list[Hy
     frame = run.read_frame([name])
     rows = frame[frame["method"].isin(set(methods))][POINT].to_dict("records")
     return [Hyperparameters(**{str(name): value for name, value in row.items()}) for row in rows]
+
+
+def final_heads(run: RunDirectory, task: TaskData) -> Files:
+    """The final heads of a task, of its methods on frozen features; needs the choices of the sweep."""
+    points: list[Hyperparameters] = []
+    for choices in chosen_from_trials(task).units:
+        points += read_chosen(run, required(run, choices, "sweep"), task.config.methods)
+    return heads(task, points)

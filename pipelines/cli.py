@@ -203,6 +203,9 @@ def report_command(
         str | None, typer.Option(help="A folder or URI for the report; default RUN_DIR/report.")
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+    explain: Annotated[
+        int, typer.Option(min=0, max=24, help="So many predictions of each task explained; reads its images.")
+    ] = 0,
 ) -> None:
     """Make tables, figures and the page of runs, from their files alone: without recipe or cluster."""
     from pipelines.report import report
@@ -212,6 +215,11 @@ def report_command(
     if destination is None and len(runs) > 1:
         raise UserError("the report of several runs needs a place of its own: give --destination FOLDER")
     folder = RunDirectory(destination) if destination else runs[0].subdirectory("report")
+    if explain:
+        from pipelines.explanations import explain_run
+
+        for run in runs:
+            explain_run(run, explain, console)
     report(runs, folder, console)
     if open_:
         if "://" in folder.uri:

@@ -12,16 +12,15 @@ import pyarrow as pa
 from pipelines.artifacts import (
     HeadToTrain,
     chosen_from_trials,
-    heads,
+    explanations,
     kept,
     predictions,
     read_manifest,
-    required,
     results,
     thumbnails,
     write_rows,
 )
-from pipelines.choice import read_chosen
+from pipelines.choice import final_heads
 from pipelines.head_training import train_heads
 from pipelines.model_files import read_head
 from pipelines.prediction import stream_predictions
@@ -33,28 +32,24 @@ from pipelines.task_data import TaskData
 from pipelines.thumbnails import thumbnail_rows
 
 
-def final_heads(session: Session) -> dict[str, Files]:
+def heads_of_tasks(session: Session) -> dict[str, Files]:
     """The final heads of every task with methods on frozen features; needs the choices of the sweep."""
-    products = {}
-    for name, task in session.tasks.items():
-        for choices in chosen_from_trials(task).units:
-            points = read_chosen(session.run, required(session.run, choices, "sweep"), session.config.methods)
-            products[name] = heads(task, points)
-    return products
+    products = {name: final_heads(session.run, task) for name, task in session.tasks.items()}
+    return {name: product for name, product in products.items() if product.units}
 
 
 def prediction_products(session: Session) -> list[RowFiles]:
     """The predictions of all final heads of a task for its test images."""
     return [
         predictions(session.tasks[name], "frozen", product.units)
-        for name, product in final_heads(session).items()
+        for name, product in heads_of_tasks(session).items()
     ]
 
 
 def make_predictions(session: Session, gaps: Sequence[Gap], advance: Advance) -> None:
     """Stream the test images whose predictions are missing through all heads."""
     tables = {
-        name: {"frozen": list(product.units.values())} for name, product in final_heads(session).items()
+        name: {"frozen": list(product.units.values())} for name, product in heads_of_tasks(session).items()
     }
     stream_predictions(session, gaps, tables, _prediction_table, advance)
 
@@ -72,21 +67,22 @@ def result_product(task: TaskData, files: Sequence[str]) -> Files:
 
 
 def result_products(session: Session) -> list[Files]:
-    """The result rows, the kept features per tap and the thumbnails of every task."""
+    """The result rows, the kept features per tap and the thumbnails of every task; no stale explanations."""
     return [
         product
-        for name, members in final_heads(session).items()
+        for name, members in heads_of_tasks(session).items()
         for task in [session.tasks[name]]
         for product in (
             result_product(task, list(members.units)), kept(task, members.units),
-            thumbnails(task, predictions(task, "frozen", members.units).key),
+            *(images(task, predictions(task, "frozen", members.units).key)
+              for images in (thumbnails, explanations)),
         )
     ]  # fmt: skip
 
 
 def make_results(session: Session, tasks: Sequence[str], advance: Advance) -> None:
     """Write the rows of tasks from their heads and predictions, where they are missing."""
-    run, heads_of = session.run, final_heads(session)
+    run, heads_of = session.run, heads_of_tasks(session)
     for name in dict.fromkeys(tasks):  # one may lack several
         task, files = session.tasks[name], list(heads_of[name].units)
         tested = predictions(task, "frozen", files)
@@ -113,7 +109,7 @@ def make_results(session: Session, tasks: Sequence[str], advance: Advance) -> No
 
 
 STEPS = (
-    Step("heads", "heads", lambda session: list(final_heads(session).values()), train_heads),
+    Step("heads", "heads", lambda session: list(heads_of_tasks(session).values()), train_heads),
     Step("evaluate", "predictions", prediction_products, make_predictions, count_rows),
     Step("results", "results", result_products, make_results, brief=True),
 )

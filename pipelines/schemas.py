@@ -94,6 +94,14 @@ THUMBNAILS = pa.schema([
 """One row per small image (WebP); ``kind``: of THUMBNAIL_KINDS; ``prediction``: the wrong one of a test
 image, by the method that gets it wrong."""
 
+EXPLANATIONS = pa.schema([
+    *_TASK, ("method", TEXT), ("seed", INTEGER), ("index", INTEGER), ("label", TEXT), ("prediction", TEXT),
+    ("logit", NUMBER), ("bias", NUMBER), ("placeless", NUMBER), ("taps", pa.list_(TEXT)),
+    ("parts", pa.list_(NUMBER)), ("image", pa.binary()), ("heat", pa.binary()),
+])  # fmt: skip
+"""One row per explained test image: what each of ``taps`` adds to the logit of the prediction
+(``h2t.explanation``); the image as the backbone sees it, and the same with its heat map (WebP)."""
+
 BAD_ROWS = pa.schema([
     ("backbone", TEXT), ("task", TEXT), ("split", TEXT), ("index", pa.int32()), ("path", TEXT),
     ("reason", TEXT),

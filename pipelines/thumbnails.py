@@ -66,10 +66,10 @@ def disagreements(predictions: pd.DataFrame) -> Iterator[tuple[str, tuple[int, i
             yield kind, (int(index), int(guess[index]))
 
 
-def thumbnail(pixels: np.ndarray) -> bytes:
-    """An image uint8 [height, width, 3] as WebP of at most SIDE pixels a side, its shape kept."""
+def thumbnail(pixels: np.ndarray, side: int = SIDE) -> bytes:
+    """An image uint8 [height, width, 3] as WebP of at most ``side`` pixels a side, its shape kept."""
     image = Image.fromarray(pixels)
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "webp", quality=75)
     return buffer.getvalue()

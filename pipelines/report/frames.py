@@ -18,12 +18,23 @@ from h2t.parquet_bounds import check_expansion
 from pipelines.report.paired import Correctness, correctness
 from pipelines.run_directory import RunDirectory, of_storage, open_filesystem, unreachable
 from pipelines.run_record import read_record
-from pipelines.schemas import BAD_ROWS, CHOSEN, KEPT, PREDICTIONS, RESULTS, STUDY_RESULTS, THUMBNAILS, TRIALS
+from pipelines.schemas import (
+    BAD_ROWS,
+    CHOSEN,
+    EXPLANATIONS,
+    KEPT,
+    PREDICTIONS,
+    RESULTS,
+    STUDY_RESULTS,
+    THUMBNAILS,
+    TRIALS,
+)
 
 DONE = "done"
 SCHEMAS = {
     "results": RESULTS, "trials": TRIALS, "chosen": CHOSEN, "kept": KEPT, "predictions": PREDICTIONS,
     "bad_rows": BAD_ROWS, "study_results": STUDY_RESULTS, "thumbnails": THUMBNAILS,
+    "explanations": EXPLANATIONS,
 }  # fmt: skip
 """Kind of rows -> columns of its Parquet files; accuracies are fractions of 1."""
 FOLDERS = {"study_results": "studies/results"}
@@ -50,6 +61,7 @@ class Frames:
     bad_rows: pd.DataFrame = field(default_factory=SCHEMAS["bad_rows"].empty_table().to_pandas)
     study_results: pd.DataFrame = field(default_factory=SCHEMAS["study_results"].empty_table().to_pandas)
     thumbnails: pd.DataFrame = field(default_factory=SCHEMAS["thumbnails"].empty_table().to_pandas)
+    explanations: pd.DataFrame = field(default_factory=SCHEMAS["explanations"].empty_table().to_pandas)
     costs: Mapping[str, BackboneCost] = field(default_factory=dict)
     recipes: Mapping[tuple[str, str], "Frames"] = field(default_factory=dict)
     asked: frozenset[tuple[str, str]] = frozenset()

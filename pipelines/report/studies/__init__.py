@@ -5,6 +5,7 @@ To add a study, add a module and its test; nothing else names it.
 """
 
 import pkgutil
+from base64 import b64encode
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
@@ -22,12 +23,18 @@ class Picture:
     text: str
 
 
+def data_uri(webp: bytes) -> str:
+    """The source of a picture."""
+    return f"data:image/webp;base64,{b64encode(webp).decode()}"
+
+
 @dataclass(frozen=True)
 class Strip:
-    """A row of small images."""
+    """A row of small images, or of ``large`` ones."""
 
     title: str
     pictures: tuple[Picture, ...]
+    large: bool = False
 
 
 @dataclass(frozen=True)

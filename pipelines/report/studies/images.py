@@ -1,11 +1,9 @@
 """What the tasks look like, and images that Head2Toe gets right and linear wrong, and the reverse."""
 
-from base64 import b64encode
-
 import pandas as pd
 
 from pipelines.report.frames import Frames
-from pipelines.report.studies import Picture, Section, Strip
+from pipelines.report.studies import Picture, Section, Strip, data_uri
 from pipelines.report.tables import task_title, tasks_in_order
 from pipelines.schemas import THUMBNAIL_KINDS
 
@@ -37,6 +35,5 @@ def section(frames: Frames) -> Section | None:
 
 
 def _picture(row: dict) -> Picture:
-    source = f"data:image/webp;base64,{b64encode(row['image']).decode()}"
     said = "" if pd.isna(row["prediction"]) else f", not {row['prediction']}"
-    return Picture(source, f"{row['label']}{said}")
+    return Picture(data_uri(row["image"]), f"{row['label']}{said}")
