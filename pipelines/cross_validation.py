@@ -109,12 +109,9 @@ def packed(session: Session, missing: Sequence[Trial], n_slots: int) -> list[Pac
     for trial in missing:
         key = trial.task, trial.point.target_size, trial.fold, trial.folder, trial.scope
         together.setdefault(key, {}).setdefault(shared_training(trial.point), []).append(trial)
-    cut = pieces(
-        [list(shared.values()) for shared in together.values()],
-        lambda trials: flops(session, trials),
-        n_slots,
-        PACKS_PER_SLOT,
-    )
+    cut = [list(shared.values()) for shared in together.values()]
+    if n_slots > 1:
+        cut = pieces(cut, lambda trials: flops(session, trials), n_slots, PACKS_PER_SLOT)
     most = session.config.resources.points_per_trial
     packs = []
     for piece in cut:
