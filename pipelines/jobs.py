@@ -115,7 +115,7 @@ class _WhenReady(Searcher):
     """Jobs in their order, but for those that are not ready yet."""
 
     def __init__(self, jobs: Sequence[Job], ready: Callable[[Job], bool]) -> None:
-        super().__init__(metric="best", mode="max")
+        super().__init__(metric="user_error", mode="max")  # some metric that every report has
         self.jobs, self.ready = list(jobs), ready
 
     def __getstate__(self) -> dict[str, Any]:
