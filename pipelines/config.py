@@ -115,12 +115,6 @@ class BackboneConfig(_Section):
     precision: Precision = "float32"
     max_depth: Fraction | None = None
 
-    @model_serializer(mode="wrap")
-    def _without_a_depth_of_null(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """So that the keys of runs without one are what they were before there was such a setting."""
-        stated: dict[str, Any] = plain(self)
-        return {name: v for name, v in stated.items() if name != "max_depth" or v is not None}
-
     @property
     def aggregation(self) -> Aggregation:
         """How activations become features."""
@@ -129,7 +123,7 @@ class BackboneConfig(_Section):
     @model_serializer(mode="wrap")
     def _later_settings_where_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without settings that came later and are at their defaults: keys of earlier runs stay theirs."""
-        later = [("tokens", "sequence"), ("pooling", "average")]
+        later = [("tokens", "sequence"), ("pooling", "average"), ("max_depth", None)]
         return {name: value for name, value in dump(self).items() if (name, value) not in later}
 
 

@@ -31,7 +31,7 @@ from pipelines.task_data import TaskData
 
 PACKS_PER_SLOT, JOBS_PER_SLOT = 2, 4
 LOOKED_EVERY_S = 2.0
-LEAST_FLOPS = 2e9  # that a pack counts as: its start takes as long
+LEAST_FLOPS = 1e11  # of a job or a part of a fold: two seconds of a core, beside which its start counts
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def packed(session: Session, missing: Sequence[Trial], n_slots: int) -> list[Pac
         together.setdefault(key, {}).setdefault(shared_training(trial.point), []).append(trial)
     cut = [list(shared.values()) for shared in together.values()]
     if n_slots > 1:
-        cut = pieces(cut, lambda trials: flops(session, trials), n_slots, PACKS_PER_SLOT)
+        cut = pieces(cut, lambda trials: flops(session, trials), n_slots, PACKS_PER_SLOT, LEAST_FLOPS)
     most = session.config.resources.points_per_trial
     packs = []
     for piece in cut:
@@ -142,9 +142,10 @@ def as_jobs(session: Session, packs: Sequence[Pack], n_slots: int) -> list[Job]:
         by_features.setdefault((pack.trials[0].task, pack.target_size), []).append(pack)
     chunks = pieces(
         by_features.values(),
-        lambda pack: LEAST_FLOPS + flops(session, pack.trials),
+        lambda pack: flops(session, pack.trials),
         n_slots,
         JOBS_PER_SLOT,
+        LEAST_FLOPS,
     )
     jobs = []
     for number, chunk in enumerate(chunks):

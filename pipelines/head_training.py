@@ -31,6 +31,7 @@ from pipelines.task_data import TaskData
 from pipelines.worker_errors import raise_user_error, user_error_of
 
 PROCESS_BYTES = 2**29  # of a worker that has loaded torch
+LEAST_FLOPS = 1e12  # of a task that trains heads: it starts a process and loads torch there
 
 
 def shuffle_of(task: TaskData, fold: int | None) -> tuple[int, int]:
@@ -118,6 +119,7 @@ def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advan
         lambda jobs: _flops(session, jobs),
         slots(cluster, resources | {"cpu": cpus}),
         per_slot=1,
+        least=LEAST_FLOPS,
     )
     with feature_cache(session, tables) as cache:
         pending = {}

@@ -31,6 +31,7 @@ from h2t.methods import METHODS
 from h2t.precision import BYTES
 from pipelines.backbone import layouts, load, load_whole
 from pipelines.config import Config
+from pipelines.cross_validation import LEAST_FLOPS
 from pipelines.shard_stream import SHARDS_PER_ACTOR
 from pipelines.task_data import TaskData, open_task
 
@@ -186,10 +187,11 @@ def _frozen(facts: _Facts, rates: Rates) -> Iterator[StagePlan]:
     trainings = float(sum(n_folds * facts.fitting(task, points, 1 - 1 / n_folds) for task in facts.tasks))
     n_trials = len(points) * n_folds * len(facts.tasks)
     packs = n_folds * len(facts.tasks) * len(facts.layouts)
+    n_shared = len(set(map(shared_training, points)))
     yield StagePlan(
         "sweep", f"{n_trials:,} trials", trainings, 300.0 * n_trials, packs,
         trainings / rates.head_flops + JOB_S * packs + STAGE_S,
-        n_folds * len(facts.tasks) * len(set(map(shared_training, points))),
+        min(n_folds * len(facts.tasks) * n_shared, int(trainings / LEAST_FLOPS)),
     )  # fmt: skip
     chosen = [next(point for point in points if point.method == method) for method in facts.methods]
     finals = float(sum(len(config.seeds) * facts.fitting(task, chosen) for task in facts.tasks))

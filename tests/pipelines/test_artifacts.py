@@ -104,7 +104,7 @@ def test_a_backbone_of_before_has_the_keys_of_before() -> None:
     assert fingerprint(BackboneConfig(name="resnet50")) == "2be4d023ed11"
     pair = BackboneConfig(name="vitb16", cls_token="nopool_cls", second=SecondBackbone(name="resnet50"))
     assert fingerprint(pair) == "3e7468ead6cb"
-    assert pair.model_dump().keys().isdisjoint({"tokens", "pooling"})
+    assert pair.model_dump().keys().isdisjoint({"tokens", "pooling", "max_depth"})
     assert BackboneConfig(name="vitb16", tokens="grid").model_dump()["tokens"] == "grid"
 
 
@@ -316,7 +316,7 @@ def test_rows_that_are_left_out_as_bad_are_not_missing(tmp_path: Path) -> None:
     table = pa.table({"index": pa.array([0, 1, 3], pa.int32()), "label": pa.array([0, 1, 3], pa.int32())})
     run.write_table(product.name(0, 4), table)
     assert not product.is_whole(run, product.name(0, 4))
-    run.write_table("bad_rows/b/t/train-000000-000004-x.parquet", pa.table({"index": [2]}))
+    run.write_table("bad_rows/b/t/train-000000-000004-0123456789ab.parquet", pa.table({"index": [2]}))
     assert product.is_whole(run, product.name(0, 4))
 
 

@@ -88,7 +88,9 @@ def test_the_sweep_in_tune_is_the_cross_validation(finished: RunDirectory) -> No
     assert max(r["best_validation_accuracy"] for r in results) == rows["validation_accuracy"].max()
 
 
-def test_packs_are_cut_by_points_and_jobs_by_slots(images: Path, tmp_path: Path) -> None:
+def test_packs_are_cut_by_points_and_jobs_by_slots(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = small_config(images, resources={"points_per_trial": 4})
     session = Session(config, RunDirectory(str(tmp_path)), Console(quiet=True))
     members = [trial for task in session.tasks.values() for trial in trials(task).trials]
@@ -100,4 +102,8 @@ def test_packs_are_cut_by_points_and_jobs_by_slots(images: Path, tmp_path: Path)
         jobs = as_jobs(session, packs, n_slots)
         assert sum(job.n_units for job in jobs) == len(members)
         assert len({job.name for job in jobs}) == len(jobs)
-        assert len(jobs) >= min(len(packs), 4 * n_slots)
+        assert len(jobs) == len({(job.config["task"], job.config["target_size"]) for job in jobs})
+    monkeypatch.setattr("pipelines.cross_validation.LEAST_FLOPS", 0)
+    for n_slots in (1, 2, 64):
+        packs = packed(session, members, n_slots)
+        assert len(as_jobs(session, packs, n_slots)) >= min(len(packs), 4 * n_slots) / 2

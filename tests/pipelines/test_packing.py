@@ -14,7 +14,7 @@ def test_a_group_stays_whole_while_devices_are_few() -> None:
     assert pieces(groups, lambda unit: 1.0, slots=1, per_slot=4) == groups
     alone = [[unit] for group in groups for unit in group]
     assert pieces(groups, lambda unit: 1.0, slots=2, per_slot=4) == alone
-    assert pieces(groups, lambda unit: 1.0, slots=1, per_slot=1, most=1) == alone
+    assert pieces(groups, lambda unit: 1.0, slots=2, per_slot=4, least=2.0) == groups
     assert pieces(groups, lambda unit: 0.0, slots=8, per_slot=4) == groups
     assert pieces([], lambda unit: 1.0, slots=8, per_slot=4) == []
 
