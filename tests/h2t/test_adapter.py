@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from scipy.special import softmax
 
 from h2t.adapter import Adapter, WeightType, class_names, convert_head, load_head, save_head
+from h2t.backbones.aggregation import Aggregation, Pooling
 from h2t.backbones.loading import Backbone, load_backbone
 from h2t.backbones.tap_reader import feature_layout
 from h2t.checksum import tensor_digest
@@ -328,21 +329,24 @@ def test_a_head_without_its_backbone_says_so(head) -> None:
         Adapter.load(saved(head))
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("precision", "pooling"), [("float32", "average"), ("bfloat16", "average_std")])
 def test_an_adapter_of_a_finetuned_model_predicts_what_the_model_does(
-    tmp_path: Path, images, precision: str
+    tmp_path: Path, images, precision: str, pooling: Pooling
 ) -> None:
     backbone = load_backbone("test_resnet", weights="random", image_size=SIZE, seed=3)
-    layout = feature_layout(backbone, TARGET)
+    aggregation = Aggregation(pooling=pooling)
+    layout = feature_layout(backbone, TARGET, aggregation)
     features = KeptFeatures(np.arange(0, layout.n_features, 5), layout, TARGET)
-    model = TrainableModel(backbone, features, 2, options=FinetuneOptions(batch_size=24, precision=precision))
+    options = FinetuneOptions(batch_size=24, precision=precision)
+    model = TrainableModel(backbone, features, 2, options=options, aggregation=aggregation)
     preprocessing = preprocessing_for(backbone, normalization="minus_one_to_one")
     arguments = {"learning_rate": 0.05, "steps": 15}
     train(model, images, np.arange(24) % 2, preprocessing, **arguments)
     section = CONFIG | {
         "weights": "auto",
         "sha256": "0" * 64,
-    }  # neither is asked for: weights are in the file
+        "pooling": pooling,
+    }  # neither of these two is asked for: weights are in the file
     path = tmp_path / "model.safetensors"
     path.write_bytes(save_model(model, features, {"backbone": section, "classes": ["red", "blue"]}))
     labels, probabilities = Adapter.load(path).predict(images)
