@@ -178,7 +178,7 @@ def test_a_ray_that_cannot_start_is_one_message(short_folder: str) -> None:
                         child.kill()
 
     threading.Thread(target=kill, daemon=True).start()
-    said = process.communicate(timeout=100)[0]
+    said = process.communicate(timeout=280)[0]
     assert said.startswith("error: Ray did not start on this machine: The current node timed out"), said
     assert "end other programs, and the same command goes on" in said
     assert said.count("\n") == 1
