@@ -32,6 +32,8 @@ SHORT_FOLDER = "/tmp"
 RESERVED_FROM = 2**30  # bytes of memory
 LEAST_MEMORY = 2**28  # that Ray is told of
 START_SECONDS = 300  # that Ray's processes may take to start, on a machine that is very busy
+# The raylet ends itself when its agent, a Python program with many imports, takes more than 15 s.
+STARTS = 3
 TOKEN_REFUSED = "InvalidAuthToken"  # in what a cluster answers that asks for another token
 TOKEN_ADVICE = (
     "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token (without "
@@ -198,36 +200,50 @@ def _start(
 
 
 def _start_here(cores: int, matrix: int, quiet: Mapping[str, Any]) -> str:
+    import psutil
+
     folder, size = _temporary_folder(), object_store_bytes(matrix)
     store_folder = object_store_folder(size)
     # Who reads a matrix has it twice for a moment, in its own memory and in the store.
     memory = max(available_memory() - size - matrix, LEAST_MEMORY)
     _provide_token()
-    try:
-        with _on_loopback(), _patience():
-            ray.init(
-                address="local",  # and not whichever cluster was started last on this machine
-                num_cpus=cores + SPARE_CPUS,
-                include_dashboard=False,
-                object_store_memory=size,
-                _memory=memory,
-                _plasma_directory=store_folder or None,
-                _temp_dir=folder,
-                **quiet,
-            )
-    except Exception as error:
-        if signal_behind(error):
-            raise
-        place = folder or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-        advice = (
-            f"Ray keeps its sockets, logs and spilled objects in {place}: make room there or make it "
-            "writable, or set RAY_TMPDIR to another folder"
-            if isinstance(error, OSError)
-            else "the machine may be too busy or short of memory: see `h2t doctor`, end other programs, and "
-            f"the same command goes on; Ray's own words are in {place}/ray/session_latest/logs"
-        )
-        raise UserError(f"Ray did not start on this machine: {_first_line(error)}; {advice}") from None
+    for attempt in range(1, STARTS + 1):
+        before = psutil.Process().children()
+        try:
+            with _on_loopback(), _patience():
+                ray.init(
+                    address="local",  # and not whichever cluster was started last on this machine
+                    num_cpus=cores + SPARE_CPUS,
+                    include_dashboard=False,
+                    object_store_memory=size,
+                    _memory=memory,
+                    _plasma_directory=store_folder or None,
+                    _temp_dir=folder,
+                    **quiet,
+                )
+            break
+        except Exception as error:
+            if signal_behind(error):
+                raise
+            for child in set(psutil.Process().children()) - set(before):
+                with suppress(psutil.Error):
+                    child.kill()
+            if attempt == STARTS or isinstance(error, OSError):
+                raise _not_started(error, folder) from None
     return store_folder
+
+
+def _not_started(error: Exception, folder: str | None) -> UserError:
+    """The error of a Ray that did not start with its files in a folder."""
+    place = folder or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    advice = (
+        f"Ray keeps its sockets, logs and spilled objects in {place}: make room there or make it writable, "
+        "or set RAY_TMPDIR to another folder"
+        if isinstance(error, OSError)
+        else "the machine may be too busy or short of memory: see `h2t doctor`, end other programs, and the "
+        f"same command goes on; Ray's own words are in {place}/ray/session_latest/logs"
+    )
+    return UserError(f"Ray did not start on this machine: {_first_line(error)}; {advice}")
 
 
 def _join(address: str, quiet: Mapping[str, Any]) -> None:
@@ -332,7 +348,6 @@ def _patience() -> Iterator[None]:
 
     seconds = str(START_SECONDS)
     waits = {"RAY_gcs_server_port_wait_time_s": seconds, "RAY_worker_register_timeout_seconds": seconds,
-             "RAY_raylet_start_wait_time_s": seconds,
              "RAY_agent_register_timeout_ms": f"{seconds}000"}  # fmt: skip
     with _environment({name: os.environ.get(name, value) for name, value in waits.items()}):
         services.get_node = ask_until_there

@@ -22,6 +22,7 @@ LOCK = "lock.json"
 RENEWED_EVERY_S = 10.0
 DEAD_AFTER_S = 60.0  # without a renewal, of a holder that cannot be looked at from here
 SETTLED_AFTER_S = 1.0
+_held: set[str] = set()  # tokens of this process: a lock of another one is left from a store that was away
 
 
 @contextmanager
@@ -33,6 +34,7 @@ def locked(run: RunDirectory) -> Iterator[None]:
     mine = {"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid()),
             "token": uuid.uuid4().hex, "renewed": time.time()}  # fmt: skip
     _take(run, mine)
+    _held.add(str(mine["token"]))
     stop = threading.Event()
     thread = threading.Thread(target=_renew, args=(run, mine, stop), daemon=True)
     thread.start()
@@ -41,6 +43,7 @@ def locked(run: RunDirectory) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+        _held.remove(str(mine["token"]))
         with suppress(Unreachable):  # then the lock is a dead driver's; what the body raised matters more
             if (holder := holder_of(run)) and holder["token"] == mine["token"]:
                 run.delete(LOCK)
@@ -92,6 +95,8 @@ def holder_of(run: RunDirectory) -> dict[str, Any] | None:
 
 def is_alive(holder: dict[str, Any]) -> bool:
     """Whether the holder is at work: its process is there, or, elsewhere, it gave a sign lately."""
+    if holder["host"] == socket.gethostname() and holder["process"] == os.getpid():
+        return holder["token"] in _held
     if holder["host"] == socket.gethostname() and Path("/proc").is_dir():
         return holder["process"] > 0 and _started(holder["process"]) == holder["started"]
     return bool(time.time() - holder["renewed"] < DEAD_AFTER_S)

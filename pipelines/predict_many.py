@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import DataContext
 from rich.console import Console
 
 from h2t.adapter import class_names
@@ -24,6 +24,7 @@ from pipelines.config import Resources, fingerprint
 from pipelines.predict import Named, Predictor, load_adapters, predictions
 from pipelines.progress import StageProgress
 from pipelines.run_directory import RunDirectory
+from pipelines.shard_stream import actor_pool
 from pipelines.worker_errors import raise_user_error, user_error_of
 
 PART = 1000
@@ -134,7 +135,7 @@ def _rows(
         PartPredictor,
         batch_size=1,
         fn_constructor_args=(files, top, batch_size, run),
-        compute=ActorPoolStrategy(size=min(count, len(missing))),
+        compute=actor_pool(cluster, Resources(), count, len(missing)),
         num_gpus=gpus or None,
         num_cpus=None if gpus else 1,
     )

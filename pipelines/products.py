@@ -101,7 +101,9 @@ class RowFiles:
         rows = self.rows(name)
         listed = f"{self.bad_rows}-{rows.start:06d}-{rows.stop:06d}-"
         lists = [
-            file for file in run.keyed_names(listed.rpartition("/")[0], ".parquet") if file.startswith(listed)
+            file
+            for file in run.names(listed.rpartition("/")[0])
+            if file.startswith(listed) and file.endswith(".parquet")
         ]
         return run.read_frame(lists, ["index"])["index"].to_numpy() if lists else np.empty(0, np.int64)
 

@@ -28,8 +28,8 @@ from h2t.images.preprocessing import Preprocessing, prepare, to_batch
 from h2t.images.source import BadImage, BadRow, Image
 from pipelines.artifacts import backbone_folder, bad_rows_file, write_rows
 from pipelines.backbone import load, preprocessing_of
-from pipelines.cluster import POOL_NOISE, backbone_actors, without_line
-from pipelines.config import Config
+from pipelines.cluster import POOL_NOISE, Cluster, backbone_actors, without_line
+from pipelines.config import Config, Resources
 from pipelines.products import Gap, Shard, count_rows, shards
 from pipelines.schemas import BAD_ROWS
 from pipelines.session import Advance, Session
@@ -279,7 +279,7 @@ def stream_shards(
             batch_size=1,
             batch_format="pyarrow",
             fn_constructor_kwargs={"shared": [shared], "make_step": make_step},
-            compute=ActorPoolStrategy(size=min(count, len(shards))),
+            compute=actor_pool(session.cluster, config.resources, count, len(shards)),
             num_gpus=gpus or None,
             num_cpus=None if gpus else config.resources.cpus_per_actor,
         )
@@ -289,6 +289,17 @@ def stream_shards(
         first = next(rows_done)
     yield first
     yield from rows_done
+
+
+def actor_pool(cluster: Cluster, resources: Resources, count: int, n_units: int) -> ActorPoolStrategy:
+    """``count`` actors at once, or as many as there is work for.
+
+    On a cluster whose recipe states no number, nodes that join it get actors as well.
+    """
+    start = min(count, n_units)
+    if cluster.local or resources.actors:
+        return ActorPoolStrategy(size=start)
+    return ActorPoolStrategy(min_size=start, max_size=n_units)
 
 
 class ShardActor:

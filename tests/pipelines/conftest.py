@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,13 @@ def cluster() -> Iterator[Cluster]:
 
     yield connect(cores=2)
     ray.shutdown()
+
+
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """Ray keeps sockets in its folder, whose paths may have 107 characters at most."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -35,13 +33,6 @@ ray job submit -- $PYTHON -m pipelines run $SCRATCH/recipe.yaml --run-dir $SCRAT
 def namespaces_are_allowed() -> bool:
     probe = [*NAMESPACE, "ip link set lo up"]
     return subprocess.run(probe, capture_output=True, check=False).returncode == 0
-
-
-@pytest.fixture
-def short_folder() -> Iterator[str]:
-    """Ray keeps sockets in its folder, whose paths may have 107 characters at most."""
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield folder
 
 
 @pytest.mark.skipif(not namespaces_are_allowed(), reason="needs unprivileged network namespaces")
