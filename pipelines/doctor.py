@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from h2t.errors import UserError
-from pipelines.cluster import LONGEST_FOLDER
 from pipelines.config import Config
+from pipelines.connection import LONGEST_FOLDER
 from pipelines.machine import GIB, available_cores, available_memory, container_cores, memory_limit
 from pipelines.run_directory import RunDirectory
 

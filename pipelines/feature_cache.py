@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import ray
 
 from h2t.errors import UserError
-from pipelines.cluster import checked_folder
+from pipelines.connection import checked_folder
 from pipelines.feature_files import FeatureMatrix, read_features
 from pipelines.products import RowFiles
 from pipelines.run_directory import RunDirectory

@@ -19,8 +19,9 @@ from rich.console import Console
 from h2t.adapter import class_names
 from h2t.images.remote import open_root
 from h2t.images.unlabelled import ImageFiles
-from pipelines.cluster import backbone_actors, connect
+from pipelines.cluster import backbone_actors
 from pipelines.config import Resources, fingerprint
+from pipelines.connection import connect
 from pipelines.predict import Named, Predictor, load_adapters, predictions
 from pipelines.progress import StageProgress
 from pipelines.run_directory import RunDirectory

@@ -13,8 +13,9 @@ from h2t.device import STRICT
 from h2t.features import FeatureLayout
 from h2t.precision import BYTES
 from pipelines.backbone import layouts, load
-from pipelines.cluster import Cluster, connect
+from pipelines.cluster import Cluster
 from pipelines.config import Config
+from pipelines.connection import connect
 from pipelines.run_directory import RunDirectory
 from pipelines.task_data import TaskData, open_task
 

@@ -28,8 +28,9 @@ from h2t.images.preprocessing import Preprocessing, prepare, to_batch
 from h2t.images.source import BadImage, BadRow, Image
 from pipelines.artifacts import backbone_folder, bad_rows_file, write_rows
 from pipelines.backbone import load, preprocessing_of
-from pipelines.cluster import POOL_NOISE, Cluster, backbone_actors, without_line
+from pipelines.cluster import Cluster, backbone_actors
 from pipelines.config import Config, Resources
+from pipelines.connection import POOL_NOISE, without_line
 from pipelines.products import Gap, Shard, count_rows, shards
 from pipelines.schemas import BAD_ROWS
 from pipelines.session import Advance, Session

@@ -1,4 +1,4 @@
-"""Benchmarks, each run by one command; memory is allocated as in Ray's workers (`pipelines.cluster`)."""
+"""Benchmarks, each run by one command; memory is allocated as in Ray's workers (`pipelines.connection`)."""
 
 import os
 

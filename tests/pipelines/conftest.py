@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 from pipelines.cli import app
-from pipelines.cluster import Cluster, connect
+from pipelines.cluster import Cluster
 from pipelines.config import Config
+from pipelines.connection import connect
 from pipelines.recipe import parse_config
 from pipelines.report import report
 from pipelines.run import STAGES, run_stages

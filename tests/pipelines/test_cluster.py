@@ -15,14 +15,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from h2t.errors import UserError
 from pipelines import cluster
-from pipelines.cluster import (
-    Cluster,
-    _temporary_folder,
-    connect,
-    object_store_bytes,
-    object_store_folder,
-    reserved_memory,
-)
+from pipelines.cluster import Cluster, reserved_memory
+from pipelines.connection import _temporary_folder, connect, object_store_bytes, object_store_folder
 from pipelines.feature_cache import matrices_kept
 from pipelines.machine import GIB
 
@@ -56,7 +50,7 @@ def test_only_the_noise_is_kept_from_standard_error_and_nothing_is_held_back() -
     """In a process that is killed inside, as a real one may be."""
     code = """
 import os, signal
-from pipelines.cluster import without_line
+from pipelines.connection import without_line
 with without_line("object store"):
     os.write(2, b"1\\nactor has arguments in the object store\\n2\\n")
 os.write(2, b"object store\\n")
@@ -82,7 +76,9 @@ def test_the_address_of_a_dashboard_is_named_for_what_it_is(monkeypatch: pytest.
 def test_ray_starts_where_the_temporary_folder_has_a_long_path(tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 97)
     folder.mkdir()
-    code = "from pipelines.cluster import connect; import ray; connect(); print(ray.get(ray.put('started')))"
+    code = (
+        "from pipelines.connection import connect; import ray; connect(); print(ray.get(ray.put('started')))"
+    )
     environment = {**os.environ, "TMPDIR": str(folder), "RAY_TMPDIR": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
@@ -105,7 +101,7 @@ def test_workers_of_a_strict_run_compute_with_fixed_instructions() -> None:
     code = """
 import ray
 from h2t.device import STRICT
-from pipelines.cluster import connect
+from pipelines.connection import connect
 connect(environment=STRICT)
 @ray.remote
 def capability():
@@ -133,7 +129,7 @@ def test_without_shared_memory_the_object_store_lies_on_a_disk_with_room(
     free = {"/dev/shm": 20 * GIB, str(tmp_path): 30 * GIB}
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr("pipelines.cluster.LONGEST_FOLDER", 1000)
+    monkeypatch.setattr("pipelines.connection.LONGEST_FOLDER", 1000)
     assert object_store_folder(10 * GIB) == ""
     free["/dev/shm"] = 64 << 20  # as in a container that nobody told otherwise
     assert object_store_folder(10 * GIB) == str(tmp_path)

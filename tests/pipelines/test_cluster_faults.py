@@ -22,7 +22,7 @@ TOKEN = "0123456789abcdef"
 CONNECT = """
 import sys
 from h2t.errors import UserError
-from pipelines.cluster import connect
+from pipelines.connection import connect
 import ray
 try:
     print(connect(sys.argv[1] or None, cores=1).local, ray.get(ray.put("answered")))
@@ -164,7 +164,7 @@ def test_ray_may_start_slowly(name: str, short_folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_ray_that_cannot_start_is_one_message(short_folder: str) -> None:
-    code = f"from pipelines import cluster; cluster.START_SECONDS = 1\n{CONNECT}"
+    code = f"from pipelines import connection; connection.START_SECONDS = 1\n{CONNECT}"
     process = psutil.Popen(
         [sys.executable, "-c", code, ""], env=environment(short_folder), stdout=subprocess.PIPE, text=True,
         start_new_session=True,
