@@ -102,7 +102,8 @@ def training_flops(
     definition = METHODS[method]
     read = _features_read(definition, cost, head)
     scored = head.n_features if definition.features == "kept" and definition.scored else read
-    solving = 2 * n_images**2 * read if definition.solver else 0  # products of all pairs of rows
+    products = read if definition.features != "kept" else scored + read  # of all pairs of rows
+    solving = 2 * n_images**2 * products if definition.solver else 0
     frozen = features_flops(cost, n_images) + head_flops(scored, head.n_classes, steps, batch_size) + solving
     if not definition.trains_backbone:
         return frozen

@@ -281,19 +281,35 @@ def check_hyperparameters(hyperparameters: Sequence[Hyperparameters], layout: Fe
 def _solve_columns(
     data: _Data, points: Sequence[Hyperparameters], seeds: Sequence[int], columns: slice
 ) -> Iterator[Head]:
-    """Solve for heads on a range of the features; they are the same for every seed."""
-    kept = np.arange(columns.start, columns.stop, dtype=np.int64)
-    inputs, labels = data.inputs(kept, data.rows), data.labels[data.rows]
-    for method, group in groupby(sorted(points), lambda point: point.method):
+    """Solve for heads on a range of the features, or on what they keep; they are the same for every seed."""
+    every = np.arange(columns.start, columns.stop, dtype=np.int64)
+    inputs, labels = data.inputs(every, data.rows), data.labels[data.rows]
+
+    def problem(kept: np.ndarray, values: np.ndarray) -> Problem:
+        return Problem(values, labels, data.options["n_classes"], data.layout.of_kept(kept))
+
+    def solver_of(point: Hyperparameters) -> str:
+        return str(METHODS[point.method].solver)
+
+    for solver, group in groupby(sorted(points, key=solver_of), solver_of):
         members = list(group)
-        solver = SOLVERS[str(METHODS[method].solver)]
-        coefficients = [point.coefficient for point in members]
-        problem = Problem(inputs, labels, data.options["n_classes"], data.layout.of_kept(kept))
-        solutions = solver(problem, coefficients)
-        for point, (weight, bias, neighbours) in zip(members, solutions, strict=True):
-            loss = cross_entropy(head_logits(inputs, weight, bias, neighbours), labels)
-            for seed in seeds:
-                yield data.head(point, seed, kept, weight, bias, loss, neighbours)
+        keeping = any(METHODS[point.method].features == "kept" for point in members)
+        parts = data.layout.of_kept(every).slices if keeping else ()
+        spread = np.concatenate([np.ones(0), *(inputs[:, part].std(0) for part in parts)])[:, None]
+        coefficients = sorted({point.coefficient for point in members})
+        solutions = SOLVERS[solver](problem(every, inputs), coefficients)
+        for coefficient, solution in zip(coefficients, solutions, strict=True):
+            for point in (point for point in members if point.coefficient == coefficient):
+                method, kept, values, found = METHODS[point.method], every, inputs, solution
+                if method.features == "kept":
+                    assert solution.on_kept, f"{solver} has nothing to solve with on kept features"
+                    scores = WEIGHT_RULES[str(method.selection)](solution.weight * spread, data.layout)
+                    kept = keep_top(scores, point.keep_fraction, point.offset)
+                    values = data.inputs(kept, data.rows)
+                    found = solution.on_kept(problem(kept, values), np.sqrt(scores[kept]))
+                loss = cross_entropy(head_logits(values, *found[:3]), labels)
+                for seed in seeds:
+                    yield data.head(point, seed, kept, found.weight, found.bias, loss, found.neighbours)
 
 
 def _fit_columns(

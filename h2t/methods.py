@@ -28,7 +28,8 @@ class Method:
     training images.
 
     ``solver``: of ``h2t.heads.solvers.SOLVERS``, for a head that is solved for and not trained; it is tried
-    with each of ``solver_coefficients``.
+    with each of ``solver_coefficients``. Where features are "kept", its weights on all of them, times the
+    features' standard deviations, are the weights that score.
 
     ``trains_backbone``: from random weights unless ``pretrained``, and on what the method ``builds_on``
     keeps, if given. ``best_of``: cross-validation takes the best of these methods; nothing else is trained.
@@ -54,6 +55,8 @@ LOGISTIC = tuple(10.0**power for power in range(-5, 7))
 """Penalties of logistic regression: the inverses of 1e-6 to 1e5, which protocols of CLIP and DINO sweep."""
 NEIGHBOURS = (1.0, 5.0, 10.0, 20.0, 50.0)
 """Numbers of nearest neighbours."""
+ROUNDS = (0.0, 1.0, 2.0)
+"""How often a mixture of tap kernels is reweighted by feature."""
 
 _kept = partial(Method, features="kept", regularizer="l21", coefficients="head2toe_coefficient")
 _by_data = partial(Method, features="kept", scored=False)
@@ -71,7 +74,9 @@ METHODS: dict[str, Method] = {
         Method("all_knn", "+All-k-NN", "all", solver="knn", solver_coefficients=NEIGHBOURS),
         Method("all_ridge", "+All-Ridge", "all", solver="ridge"),
         Method("all_logistic", "+All-Logistic", "all", solver="logistic", solver_coefficients=LOGISTIC),
-        Method("tap_kernels", "Tap kernels", "all", solver="tap_kernels"),
+        Method("tap_kernels", "Tap kernels", "all", solver="tap_mixture", solver_coefficients=ROUNDS),
+        Method("tap_kernels_kept", "Tap kernels, kept", "kept", selection="score", solver="tap_mixture",
+               solver_coefficients=ROUNDS[1:2]),
         Method("all", "+All", "all"),
         Method("all_l2", "+All-l2", "all", "l2"),
         Method("all_l1", "+All-l1", "all", "l1"),
@@ -99,6 +104,12 @@ METHODS: dict[str, Method] = {
         ),
     )
 }  # fmt: skip
+
+PAPERS = (
+    "linear", "all_l2", "all_l1", "all_l21", "head2toe", "head2toe_layerwise", "head2toe_layergroup",
+    "scratch", "finetune", "head2toe_ft", "head2toe_ft_plus",
+)  # fmt: skip
+"""The methods that the paper compares, in its tables or in Section 4.3."""
 
 
 def check_depth(max_depth: float | None, methods: Iterable[str]) -> None:

@@ -1,5 +1,6 @@
 """What a solver is given, and what it finds: the weights of a head."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +23,12 @@ class Problem(NamedTuple):
 class Solution(NamedTuple):
     """Weights float32 [n_features, n_classes] and biases float32 [n_classes].
 
-    Of ``neighbours`` there are as many columns as training rows in place of the classes.
+    Of ``neighbours`` there are as many columns as training rows in place of the classes. ``on_kept`` solves
+    for a head on some of the features, given with their contributions on all (the norm of the weights times
+    the standard deviation), where a solver can do that.
     """
 
     weight: np.ndarray
     bias: np.ndarray
     neighbours: Neighbours | None = None
+    on_kept: "Callable[[Problem, np.ndarray], Solution] | None" = None

@@ -92,7 +92,7 @@ SOLVERS: dict[str, Solver] = {
     "ridge": ridge,
     "logistic": logistic,
     "knn": nearest_neighbours,
-    "tap_kernels": tap_kernels,
+    "tap_mixture": tap_kernels,
 }
 
 

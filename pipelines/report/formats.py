@@ -12,7 +12,7 @@ LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
         "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$",
-        "−": "$-$", "–": "--", "≈": r"$\approx$", "<": "$<$", ">": "$>$",
+        "−": "$-$", "–": "--", "≈": r"$\approx$", "†": r"$\dagger$", "<": "$<$", ">": "$>$",
         "▲": r"$\uparrow$", "▼": r"$\downarrow$", "…": r"\ldots{}", "→": r"$\to$",
     }
 )  # fmt: skip

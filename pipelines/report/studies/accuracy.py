@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from h2t.methods import PAPERS
 from pipelines.report.frames import Frames
 from pipelines.report.paired import Correctness, not_worse_than_best
 from pipelines.report.studies import Section
@@ -17,6 +18,7 @@ from pipelines.report.tables import (
 )
 
 CLOSE = "≈"
+NEW = "†"  # behind a method that is not the paper's
 MEASURES = {
     "balanced_accuracy": ("Balanced accuracy", False, True),
     "macro_f1": ("Macro-F1", False, True),
@@ -49,23 +51,23 @@ def measure_table(results: pd.DataFrame, measure: str) -> ReportTable | None:
     if results[measure].isna().all():
         return None
     title, lower, in_percent = MEASURES[measure]
-    data = statistics(results, "median", measure)
+    data = _papers_first(statistics(results, "median", measure))
     values = data.drop(columns=["backbone", "method"])
     shown = values.map(percent if in_percent else lambda value: number(value, digits=3))
     return ReportTable(
         f"table1-{measure.replace('_', '-')}",
         title,
         f"Median over seeds{', in percent' if in_percent else ''}; the best of each column, the "
-        f"{'lowest' if lower else 'highest'}, in bold.",
+        f"{'lowest' if lower else 'highest'}, in bold.{_about_new(data)}",
         data,
-        with_headers(data, shown, tasks_in_order(results)),
+        _displayed(data, shown, results),
         _best_as_shown(data["backbone"], shown, lower),
     )
 
 
 def accuracy_table(results: pd.DataFrame, found: Correctness | None = None) -> ReportTable:
     """Medians over seeds, the best of each column in bold and what it does not clearly beat marked."""
-    data = statistics(results, "median")
+    data = _papers_first(statistics(results, "median"))
     shown = data.drop(columns=["backbone", "method"]).map(percent)
     bold = _best_as_shown(data["backbone"], shown)
     if found is not None:
@@ -75,11 +77,30 @@ def accuracy_table(results: pd.DataFrame, found: Correctness | None = None) -> R
         "Test accuracy",
         "Median over seeds, in percent; the best of each column in bold. A mean is shown where the method "
         "has a result for every task of the backbone. The mean over all tasks weighs every task alike."
-        + (f" {CLOSE}: not beaten by the best by more than chance (95 %)." if found is not None else ""),
+        + (f" {CLOSE}: not beaten by the best by more than chance (95 %)." if found is not None else "")
+        + _about_new(data),
         data,
-        with_headers(data, shown, tasks_in_order(results)),
+        _displayed(data, shown, results),
         bold,
     )
+
+
+def _papers_first(data: pd.DataFrame) -> pd.DataFrame:
+    """The same rows, those of methods that are not the paper's last of their backbone."""
+    order = data.assign(new=~data["method"].isin(PAPERS)).sort_values(["backbone", "new"], kind="stable")
+    return order.drop(columns="new").reset_index(drop=True)
+
+
+def _displayed(data: pd.DataFrame, shown: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
+    """Finished cells under their headers, with a mark behind methods that are not the paper's."""
+    display = with_headers(data, shown, tasks_in_order(results))
+    display[("", "Method")] += data["method"].map(lambda method: "" if method in PAPERS else f" {NEW}")
+    return display
+
+
+def _about_new(data: pd.DataFrame) -> str:
+    """What the mark says, where it is there."""
+    return "" if data["method"].isin(PAPERS).all() else f" {NEW}: not a method of the paper; these come last."
 
 
 def _mark_close(data: pd.DataFrame, shown: pd.DataFrame, found: Correctness, results: pd.DataFrame) -> None:

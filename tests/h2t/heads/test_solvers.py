@@ -37,7 +37,7 @@ def problem(features: np.ndarray, labels: np.ndarray, n_classes: int) -> Problem
 @pytest.mark.parametrize("n_features", [20, 200])
 def test_prototypes_are_the_nearest_class_means(n_features: int) -> None:
     features, labels = example(n_features=n_features)
-    ((weight, bias, _),) = prototypes(problem(features, labels, 4), [0.0])
+    ((weight, bias, *_),) = prototypes(problem(features, labels, 4), [0.0])
     means = np.stack([features[labels == label].mean(0) for label in range(4)])
     np.testing.assert_array_equal((features @ weight + bias).argmax(1), cdist(features, means).argmin(1))
 
@@ -49,7 +49,7 @@ def test_logistic_regression_is_that_on_all_features(
     n_features: int, n_classes: int, coefficient: float
 ) -> None:
     features, labels = example(n_features=n_features, n_classes=n_classes)
-    ((weight, bias, _),) = logistic(problem(features, labels, n_classes), [coefficient])
+    ((weight, bias, *_),) = logistic(problem(features, labels, n_classes), [coefficient])
     direct = LogisticRegression(C=1 / coefficient, max_iter=5000, tol=1e-8).fit(features, labels)
     logits, scores = features @ weight + bias, direct.decision_function(features)
     ours = logits[:, 1] - logits[:, 0] if n_classes == 2 else logits - logits.mean(1, keepdims=True)
@@ -60,7 +60,7 @@ def test_logistic_regression_is_that_on_all_features(
 @pytest.mark.parametrize("n_features", [20, 200])
 def test_ridge_has_the_least_of_the_exact_leave_one_out_errors(n_features: int) -> None:
     features, labels = example(n_features=n_features)
-    ((weight, bias, _),) = ridge(problem(features, labels, 4), [0.0])
+    ((weight, bias, *_),) = ridge(problem(features, labels, 4), [0.0])
     targets, errors = np.eye(4)[labels], {}
     for penalty in RIDGE_COEFFICIENTS:
         left_out = []
@@ -100,7 +100,7 @@ def test_neighbours_vote_as_in_scikit_learn(n_taps: int, k: int) -> None:
         tuple("abc"[:n_taps]), (200 // n_taps,) * (n_taps - 1) + (200 - 200 // n_taps * (n_taps - 1),)
     )
     rows = unit_norm(features, layout)
-    ((weight, bias, neighbours),) = nearest_neighbours(problem(rows[:40], labels[:40], 5), [k])
+    ((weight, bias, neighbours, _),) = nearest_neighbours(problem(rows[:40], labels[:40], 5), [k])
     assert neighbours is not None
     shares = np.exp(neighbours.logits(rows[40:] @ weight + bias))
     theirs = KNeighborsClassifier(

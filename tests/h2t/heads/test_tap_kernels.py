@@ -3,10 +3,23 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
-from h2t.features import FeatureLayout, unit_norm
-from h2t.heads.solution import Problem
-from h2t.heads.tap_kernels import learn_mixture, leave_one_out, tap_grams, tap_kernels
+from h2t.features import FeatureLayout, keep_features, unit_norm
+from h2t.folds import folds
+from h2t.head2toe import fit
+from h2t.heads.kernel_logistic import held_out_losses
+from h2t.heads.solution import Problem, Solution
+from h2t.heads.tap_kernels import (
+    PENALTIES,
+    contributions,
+    learn_mixture,
+    leave_one_out,
+    reweighted,
+    tap_grams,
+    tap_kernels,
+)
+from h2t.hyperparameters import Hyperparameters
 
 LAYOUT = FeatureLayout(("noise", "signal", "more noise"), (40, 30, 20))
 PARAMETERS = np.log(np.array([0.3, 0.3, 0.4, 0.2, 4.0]))  # of weights that add up to 1
@@ -47,18 +60,51 @@ def test_the_gradient_is_that_of_the_loss() -> None:
         assert gradient[number] == pytest.approx((above - below) / 2e-3, rel=0.01, abs=1e-4)
 
 
-def test_the_tap_that_tells_classes_apart_is_found_and_the_head_reads_features() -> None:
-    features, labels, targets = example(200)
-    kernels, diagonals = tap_grams(features, LAYOUT)
-    mixture = learn_mixture(kernels, targets)
+def test_the_tap_that_tells_classes_apart_is_found() -> None:
+    features, _, targets = example(200)
+    mixture = learn_mixture(tap_grams(features, LAYOUT)[0], targets)
     assert mixture.weights[1] > 3 * max(mixture.weights[0], mixture.weights[2])
+    assert mixture.weights.sum() == pytest.approx(1)
     assert 0.6 < mixture.accuracy < 1
+
+
+def logistic_regression(features: np.ndarray, labels: np.ndarray, penalty: float) -> np.ndarray:
+    """Outputs of scikit-learn's, less their means over classes."""
+    model = LogisticRegression(C=1 / penalty, tol=1e-8, max_iter=5000).fit(features, labels)
+    outputs = model.decision_function(features)
+    return outputs - outputs.mean(1, keepdims=True)
+
+
+def outputs_of(solution: Solution, features: np.ndarray) -> np.ndarray:
+    outputs = features @ solution.weight + solution.bias
+    return outputs - outputs.mean(1, keepdims=True)
+
+
+def test_the_head_is_logistic_regression_on_features_weighed_by_tap() -> None:
+    features, labels, targets = example(200)
     (solution,) = tap_kernels(Problem(features, labels, 3, LAYOUT), [0.0])
-    kernel = (kernels.double() * torch.from_numpy(mixture.weights)[:, None, None]).sum(0)
-    dual = torch.linalg.solve(kernel + mixture.ridge * torch.eye(200), targets - targets.mean(0))
-    expected = mixture.scale * (targets.mean(0) + kernel @ dual).numpy()
-    np.testing.assert_allclose(features @ solution.weight + solution.bias, expected, rtol=1e-3, atol=1e-2)
-    assert len(diagonals) == 3
+    kernels, diagonals = tap_grams(features, LAYOUT)
+    weights = learn_mixture(kernels, targets).weights
+    kernel = (kernels.double() * torch.from_numpy(weights)[:, None, None]).sum(0).numpy()
+    penalty = PENALTIES[held_out_losses(kernel, targets.numpy(), PENALTIES).argmin()]
+    weighed = features * np.sqrt(np.repeat(weights / diagonals, LAYOUT.widths))
+    expected = logistic_regression(weighed, labels, penalty)
+    assert np.abs(outputs_of(solution, features) - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_held_out_losses_are_those_of_heads_on_the_other_folds() -> None:
+    features, labels, targets = example(200)
+    features -= features.mean(0)
+    kernel = (features @ features.T).astype(float) / 3
+    losses = held_out_losses(kernel, targets.numpy(), [0.1, 0.001])
+    for penalty, loss in zip([0.1, 0.001], losses, strict=True):
+        shares = np.concatenate([
+            LogisticRegression(C=1 / penalty, tol=1e-8, max_iter=5000)
+            .fit(features[rows] / 3**0.5, labels[rows])
+            .predict_log_proba(features[held] / 3**0.5)
+            for rows, held in folds(200)
+        ])  # fmt: skip
+        assert loss == pytest.approx(-shares[np.arange(200), labels].mean(), rel=1e-3)
 
 
 def test_a_tap_that_never_changes_takes_no_part() -> None:
@@ -67,3 +113,38 @@ def test_a_tap_that_never_changes_takes_no_part() -> None:
     (solution,) = tap_kernels(Problem(features, labels, 3, LAYOUT), [0.0])
     assert np.isfinite(solution.weight).all()
     assert (solution.weight[:40] == 0).all()
+    solution = reweighted(Problem(features[:, :40], labels, 3, LAYOUT.of_kept(np.arange(40))), np.ones(40), 1)
+    assert (solution.weight == 0).all()
+    assert solution.bias.argmax() == np.bincount(labels).argmax()
+
+
+def test_reweighting_moves_weight_to_the_features_that_contribute() -> None:
+    features, labels, _ = example(200)
+    problem = Problem(features, labels, 3, LAYOUT)
+    shares = []
+    for solution in tap_kernels(problem, [0.0, 1.0, 3.0]):
+        sizes = np.sort(contributions(solution.weight, features))[::-1]
+        shares.append(sizes[:9].sum() / sizes.sum())
+    assert 0.1 < shares[0] < shares[1] < shares[2] <= 1
+    (again,) = tap_kernels(problem, [3.0])
+    np.testing.assert_array_equal(again.weight, solution.weight)
+
+
+def test_kept_are_the_highest_contributions_which_weigh_the_features_of_the_head() -> None:
+    features, labels, _ = example(200)
+    points = [Hyperparameters("tap_kernels", 0, 0.0, 0, 1.0)]
+    points += [Hyperparameters("tap_kernels_kept", 0, 0.0, 0, 1.0, share) for share in (0.1, 0.5)]
+    found = fit(features, labels, LAYOUT, points, n_classes=3, embedding="signal", seeds=(0,))
+    heads = {head.hyperparameters: head for head in found}
+    inputs = unit_norm(features, LAYOUT)
+    sizes = np.linalg.norm(heads[points[0]].weight, axis=1) * inputs.std(0)
+    for point, n_kept in zip(points[1:], (9, 45), strict=True):
+        head = heads[point]
+        assert set(head.kept) == set(np.argsort(-sizes)[:n_kept])
+        rows = keep_features(features, LAYOUT, head.kept)
+        shares = sizes[head.kept] / sizes[head.kept].sum()
+        weighed = (rows - rows.mean(0)) / rows.std(0) * np.sqrt(shares)
+        fits = [logistic_regression(weighed, labels, penalty) for penalty in PENALTIES]
+        outputs = outputs_of(Solution(head.weight, head.bias), rows)
+        assert min(np.abs(outputs - fit).max() / np.abs(fit).max() for fit in fits) < 0.02
+    assert np.mean(LAYOUT.tap_of(heads[points[1]].kept) == 1) > 0.7

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 from h2t import paper
+from h2t.methods import METHODS, PAPERS
 from pipelines.report.studies.accuracy import accuracy_table, section
 from tests.pipelines.report.conftest import (
     DEMO_TASKS,
@@ -52,6 +53,19 @@ def test_missing_cells_are_dashes_and_spoil_their_means_alone(results: pd.DataFr
     row = shown.set_index("/Method").loc["+All-l2"]
     assert (row["Natural/MNIST"], row["Mean/Natural"], row["Mean/All"]) == ("–", "–", "–")
     assert row["Mean/Structured"] != "–"
+
+
+def test_methods_that_are_not_the_papers_come_last_and_are_marked() -> None:
+    assert set(PUBLISHED) <= set(PAPERS) <= set(METHODS)
+    names = ["tap_kernels", "linear", "knn", "head2toe"]
+    both = [result_frame(backbone, ["mnist"], names, seeds=(0,)) for backbone in ("b", "a")]
+    table = accuracy_table(pd.concat(both))
+    titles = ["Linear", "Head2Toe", "k-NN †", "Tap kernels †"]
+    assert list(table.display[("", "Method")]) == 2 * titles
+    assert list(table.data["method"]) == 2 * ["linear", "head2toe", "knn", "tap_kernels"]
+    assert list(table.data["backbone"]) == 4 * ["a"] + 4 * ["b"]
+    assert "†: not a method of the paper" in table.note
+    assert "†" not in accuracy_table(result_frame(methods=["linear"])).note
 
 
 def test_failed_trainings_are_no_results(results: pd.DataFrame) -> None:
