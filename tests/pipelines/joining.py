@@ -3,7 +3,7 @@
     python -m tests.pipelines.joining FOLDER
 
 ``FOLDER`` has a recipe; ``FOLDER/extract`` and ``FOLDER/sweep`` get a file for each unit of work, whose
-content is the node.
+content is the node, and ``FOLDER/STAGE-joined`` names the one that joined.
 """
 
 import sys
@@ -83,7 +83,8 @@ def run_while_a_node_joins(
     thread.start()
     while len(list(folder.glob("*"))) < n_before and thread.is_alive():
         time.sleep(0.05)
-    cluster.add_node(num_cpus=3, object_store_memory=200 << 20)
+    joined = cluster.add_node(num_cpus=3, object_store_memory=200 << 20)
+    folder.with_name(f"{stage}-joined").write_text(joined.node_id)
     thread.join()
     if failed:
         raise failed[0]
@@ -94,6 +95,7 @@ def main(folder: Path) -> None:
     step, *others = STAGES["extract"]
     STAGES["extract"] = [replace(step, make=partial(recorded_features, folder / "extract")), *others]
     cross_validation.run_packs = partial(recorded_packs, folder / "sweep")
+    cross_validation.LEAST_FLOPS = 0  # as if these units took long by themselves
     cluster = RayCluster(
         initialize_head=True,
         head_node_args={"num_cpus": 3, "object_store_memory": 200 << 20, "include_dashboard": False},
