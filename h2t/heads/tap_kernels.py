@@ -79,6 +79,7 @@ It keeps the leave-one-out loss, which is optimistic once it has chosen 50 weigh
 PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.001)
 """Of the logistic regression, for a kernel whose mean diagonal is 1."""
 CONSTANT = 1e-9  # a share of the squares of features that is rounding
+FLOOR = 1e-4  # a share of the squares of a feature that its variance has at least
 LARGEST_LOG = 12.0  # of a weight beside the others'
 LOG_RIDGE = (-7.0, 7.0)  # of l beside a mean diagonal of 1; below, rounding of float32 kernels shows
 LOG_SCALE = (-2.0, 5.0)
@@ -106,9 +107,9 @@ def tap_kernels(problem: Problem, coefficients: Sequence[float]) -> Iterator[Sol
     kernel = _mixed(kernels, torch.from_numpy(weights)).numpy()
     del kernels
     penalty = PENALTIES[int(held_out_losses(kernel, targets, PENALTIES).argmin())]
-    factors = np.repeat(weights / diagonals, problem.layout.widths)
+    roots = np.sqrt(np.repeat(weights / diagonals, problem.layout.widths)).astype(np.float32)
     on_kept = partial(reweighted, penalty=penalty)
-    rounds = [_solved(problem, kernel, factors, penalty)]
+    rounds = [_solved(problem, _centred(problem.features)[0] * roots, roots, kernel, penalty)]
     for coefficient in coefficients:
         while len(rounds) <= int(coefficient):
             rounds.append(on_kept(problem, contributions(rounds[-1].weight, problem.features)))
@@ -121,12 +122,19 @@ def contributions(weight: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 
 def reweighted(problem: Problem, contributions: np.ndarray, penalty: float) -> Solution:
-    """The head where a feature of variance 1 has its contribution for the prior variance of its weights."""
+    """The head where a feature of variance 1 has its contribution for the prior variance of its weights.
+
+    A feature that varies by less than a hundredth of its size counts as if it varied by that much: weights
+    that would be larger than others by orders of magnitude would bring rounding into the outputs.
+    """
     rows, variances = _centred(problem.features)
-    factors = np.divide(contributions, variances, out=np.zeros(len(variances)), where=variances > 0)
+    floors = FLOOR * (variances + np.square(problem.features.mean(0)))
+    factors = contributions / np.maximum(variances, np.where(floors > 0, floors, 1.0))
+    factors = np.where(variances > 0, factors, 0.0)
     factors /= max(float(factors @ variances), np.finfo(np.float32).tiny)
-    rows *= np.sqrt(factors).astype(np.float32)
-    return _solved(problem, (rows @ rows.T).astype(np.float64), factors, penalty)
+    roots = np.sqrt(factors).astype(np.float32)
+    rows *= roots
+    return _solved(problem, rows, roots, (rows @ rows.T).astype(np.float64), penalty)
 
 
 def _centred(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -137,10 +145,15 @@ def _centred(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.where(variances > CONSTANT * means**2, variances, 0.0)
 
 
-def _solved(problem: Problem, kernel: np.ndarray, factors: np.ndarray, penalty: float) -> Solution:
-    """Logistic regression on a kernel in which each feature's products count by a factor of its own."""
+def _solved(
+    problem: Problem, rows: np.ndarray, roots: np.ndarray, kernel: np.ndarray, penalty: float
+) -> Solution:
+    """Logistic regression on the products of ``rows``: features less their means, times ``roots``.
+
+    The weights come from these and not from the features, whose means would cancel at a loss of digits.
+    """
     ((dual, bias),) = kernel_logistic(kernel, _one_hot(problem), [penalty])
-    weight = problem.features.T @ dual.astype(np.float32) * factors[:, None].astype(np.float32)
+    weight = rows.T @ dual.astype(np.float32) * roots[:, None]
     bias = bias - problem.features.mean(0, dtype=np.float64) @ weight
     return Solution(weight, bias.astype(np.float32))
 

@@ -130,6 +130,16 @@ def test_reweighting_moves_weight_to_the_features_that_contribute() -> None:
     np.testing.assert_array_equal(again.weight, solution.weight)
 
 
+def test_features_that_hardly_vary_cost_no_digits() -> None:
+    features, labels, _ = example(200)
+    features = np.float32(0.2) + np.float32(1e-4) * features
+    solution = reweighted(Problem(features, labels, 3, LAYOUT), np.ones(LAYOUT.n_features), 0.01)
+    weighed = features.astype(float) - features.mean(0, dtype=float)
+    weighed /= np.sqrt(np.square(weighed).sum(1).mean())
+    expected = logistic_regression(weighed, labels, 0.01)
+    assert np.abs(outputs_of(solution, features) - expected).max() < 0.02 * np.abs(expected).max()
+
+
 def test_kept_are_the_highest_contributions_which_weigh_the_features_of_the_head() -> None:
     features, labels, _ = example(200)
     points = [Hyperparameters("tap_kernels", 0, 0.0, 0, 1.0)]
