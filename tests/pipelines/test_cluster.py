@@ -14,7 +14,6 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from h2t.errors import UserError
-from pipelines import cluster
 from pipelines.cluster import Cluster, reserved_memory
 from pipelines.connection import _temporary_folder, connect, object_store_bytes, object_store_folder
 from pipelines.feature_cache import matrices_kept
@@ -89,7 +88,7 @@ def test_ray_starts_where_the_temporary_folder_has_a_long_path(tmp_path: Path) -
 def test_a_temporary_folder_that_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 97)
     assert _temporary_folder() == "/tmp/ray"
-    monkeypatch.setattr(cluster, "SHORT_FOLDER", "/nowhere")
+    monkeypatch.setattr("pipelines.connection.SHORT_FOLDER", "/nowhere")
     with pytest.raises(UserError, match="at most 40 characters, got 102; set RAY_TMPDIR to a shorter one"):
         _temporary_folder()
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/short")

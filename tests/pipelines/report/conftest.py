@@ -142,7 +142,7 @@ def write_run(uri: str, frames: Frames, record: dict[str, Any] | None = None) ->
         for (backbone, task), rows in getattr(frames, kind).groupby(["backbone", "task"]):
             table = pa.Table.from_pandas(rows, schema=schema, preserve_index=False, safe=False)
             folder = FOLDERS.get(kind, kind)
-            run.write_table(f"{folder}/{backbone}/{task}/frozen/{kind}-0123abcd.parquet", table)
+            run.write_table(f"{folder}/{backbone}/{task}/frozen/{kind}-0123456789ab.parquet", table)
     for backbone, cost in frames.costs.items():
         for task in frames.results["task"].unique():
             content = {
@@ -152,7 +152,7 @@ def write_run(uri: str, frames: Frames, record: dict[str, Any] | None = None) ->
                 "images": {"source": "folder", "root": "/data", "encoding": "PNG"},
                 "packages": {"torch": "1.2.3"},
             }
-            run.write_json(f"manifests/{backbone}/{task}/manifest-0123abcd.json", content)
+            run.write_json(f"manifests/{backbone}/{task}/manifest-0123456789ab.json", content)
     if record is not None:
         run.write("run.yaml", yaml.safe_dump(record).encode())
     return run

@@ -44,13 +44,13 @@ def test_keys_may_be_dictionary_encoded(tmp_path: Path, results: pd.DataFrame) -
     run = RunDirectory(str(tmp_path))
     table = pa.Table.from_pandas(results, preserve_index=False)
     column = table["task"].cast(pa.string()).dictionary_encode()
-    run.write_table("results/any.parquet", table.set_column(table.column_names.index("task"), "task", column))
+    run.write_table("results/any-0123456789ab.parquet", table.set_column(table.column_names.index("task"), "task", column))
     assert list(read_run(run).results["task"]) == list(results["task"])
 
 
 def test_what_is_absent_is_empty_and_missing_columns_are_null(tmp_path: Path) -> None:
     run = RunDirectory(str(tmp_path))
-    run.write_table("results/a.parquet", pa.table({"task": ["mnist"], "status": ["failed"], "extra": [1]}))
+    run.write_table("results/a-0123456789ab.parquet", pa.table({"task": ["mnist"], "status": ["failed"], "extra": [1]}))
     run.write("results/.tmp-1234-b.parquet", b"of a writer that was killed")
     frames = read_run(run)
     assert len(frames.results) == 1
@@ -103,7 +103,7 @@ def test_runs_in_folders_of_one_name_have_their_paths_behind(tmp_path: Path, res
     [
         ("config.yaml", b"", "layout 1, expected 2"),
         ("run.yaml", b"layout: 3", "layout 3, expected 2"),
-        ("results/a.parquet", b"PAR1", r"can't read results of .*a\.parquet"),
+        ("results/a-0123456789ab.parquet", b"PAR1", r"can't read results of .*a-0123456789ab\.parquet"),
     ],
 )
 def test_other_layouts_and_damaged_files_are_refused(
