@@ -26,6 +26,9 @@ def test_columns_are_those_that_the_stages_write(kind: str) -> None:
     assert SCHEMAS[kind] is getattr(schemas, kind.upper())
 
 
+FILE = "results/any-0123456789ab.parquet"
+
+
 def test_frames_come_back_from_a_run_directory(tmp_path: Path, results: pd.DataFrame) -> None:
     written = frames_of(results, bad_rows=bad_row())
     frames = read_run(write_run(str(tmp_path), written))
@@ -44,13 +47,13 @@ def test_keys_may_be_dictionary_encoded(tmp_path: Path, results: pd.DataFrame) -
     run = RunDirectory(str(tmp_path))
     table = pa.Table.from_pandas(results, preserve_index=False)
     column = table["task"].cast(pa.string()).dictionary_encode()
-    run.write_table("results/any-0123456789ab.parquet", table.set_column(table.column_names.index("task"), "task", column))
+    run.write_table(FILE, table.set_column(table.column_names.index("task"), "task", column))
     assert list(read_run(run).results["task"]) == list(results["task"])
 
 
 def test_what_is_absent_is_empty_and_missing_columns_are_null(tmp_path: Path) -> None:
     run = RunDirectory(str(tmp_path))
-    run.write_table("results/a-0123456789ab.parquet", pa.table({"task": ["mnist"], "status": ["failed"], "extra": [1]}))
+    run.write_table(FILE, pa.table({"task": ["mnist"], "status": ["failed"], "extra": [1]}))
     run.write("results/.tmp-1234-b.parquet", b"of a writer that was killed")
     frames = read_run(run)
     assert len(frames.results) == 1
@@ -103,7 +106,7 @@ def test_runs_in_folders_of_one_name_have_their_paths_behind(tmp_path: Path, res
     [
         ("config.yaml", b"", "layout 1, expected 2"),
         ("run.yaml", b"layout: 3", "layout 3, expected 2"),
-        ("results/a-0123456789ab.parquet", b"PAR1", r"can't read results of .*a-0123456789ab\.parquet"),
+        (FILE, b"PAR1", r"can't read results of .*any-0123456789ab\.parquet"),
     ],
 )
 def test_other_layouts_and_damaged_files_are_refused(
