@@ -138,6 +138,8 @@ def _start(
     """Start Ray here, or connect to it; the folder of the object store if it isn't shared memory."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would swallow Ctrl-C, then and later
+    # Of work that nobody waits for any more once a run is interrupted; all other errors are raised.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints a banner even when told to be silent
     # Of each thread's own heap glibc keeps what was freed, and Ray's workers have many threads.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
