@@ -4,6 +4,7 @@ import json
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from h2t.head2toe import Head, fit
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
 from pipelines.artifacts import HeadToTrain, features, identified_backbone
-from pipelines.cluster import reserved_memory, slots, trial_resources
+from pipelines.cluster import RESERVED_FROM, reserved_memory, slots, trial_resources
 from pipelines.feature_cache import cached_features, feature_cache
-from pipelines.feature_files import FeatureMatrix
+from pipelines.feature_files import FeatureMatrix, read_features
 from pipelines.model_files import read_head
 from pipelines.packing import pieces
 from pipelines.products import RowFiles
@@ -121,7 +122,9 @@ def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advan
         per_slot=1,
         least=LEAST_FLOPS,
     )
-    with feature_cache(session, tables) as cache:
+    # A matrix that is small is read faster than it is shared: that takes processes of its own.
+    large = max((session.matrix_bytes[size] for _, size in tables), default=0) >= RESERVED_FROM
+    with feature_cache(session, tables) if large else nullcontext() as cache:
         pending = {}
         for part in parts:
             jobs = [job for members in part for job in members]
@@ -135,7 +138,8 @@ def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advan
             train = train_together.options(
                 num_cpus=cpus, num_gpus=resources["gpu"], memory=reserved_memory(cluster, wanted, what)
             )
-            pending[train.remote(task, jobs, cache, run)] = jobs
+            table = tables[task.name, points[0].target_size]
+            pending[train.remote(task, jobs, table, cache, run)] = jobs
         while pending:
             (finished,), _ = ray.wait(list(pending), num_returns=1)
             raise_user_error([_outcome(finished, pending[finished][0].task)])
@@ -165,12 +169,19 @@ def _outcome(finished: ray.ObjectRef, task: str) -> str:
 # The process ends with the task: an idle one would hold its memory, and its GPU's, beside the actors to come.
 @ray.remote(max_retries=2, max_calls=1)
 def train_together(
-    task: TaskData, jobs: Sequence[HeadToTrain], cache: ray.actor.ActorHandle, run: RunDirectory
+    task: TaskData,
+    jobs: Sequence[HeadToTrain],
+    table: RowFiles,
+    cache: ray.actor.ActorHandle | None,
+    run: RunDirectory,
 ) -> str:
     """Train heads on the same features and save them; the text of a user's mistake, if there is one."""
 
     def train() -> None:
-        matrix = cached_features(cache, task.name, jobs[0].point.target_size)
+        if cache:
+            matrix = cached_features(cache, task.name, jobs[0].point.target_size)
+        else:
+            matrix = read_features(run, table.names(run))
         by_scope: dict[Scope, list[HeadToTrain]] = {}
         for job in jobs:
             by_scope.setdefault(job.scope, []).append(job)

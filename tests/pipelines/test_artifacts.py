@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from h2t.backbones.loading import load_backbone
+from h2t.checksum import tensor_digest
 from h2t.methods import METHODS
 from pipelines import artifacts, products, schemas
 from pipelines.config import BackboneConfig, Config, Resources, SecondBackbone, fingerprint
@@ -258,7 +259,8 @@ def test_a_damaged_file_is_set_aside_said_and_made_again(
     name = str(victim.relative_to(run.uri))
     assert f"{name} is damaged" in " ".join(output(console).split())
     assert (Path(run.uri) / "damaged" / name).exists()
-    assert victim.stat().st_size == (Path(finished.uri) / name).stat().st_size
+    same = tensor_digest if kind == "heads" else len  # whose metadata has times, and is deflated
+    assert same(victim.read_bytes()) == same((Path(finished.uri) / name).read_bytes())
 
 
 def one_row_short(path: Path, others: list[Path]) -> None:

@@ -75,6 +75,7 @@ def test_killed_in_every_stage_and_run_again(
     pd.testing.assert_frame_equal(result_rows(killed), result_rows(undisturbed))
 
 
+@pytest.mark.slow
 def test_killed_workers_are_replaced(finished: RunDirectory, images: Path, tmp_path: Path) -> None:
     """One of each kind: a backbone actor, a trial and a task that trains final heads."""
     run = RunDirectory(str(tmp_path))

@@ -111,12 +111,13 @@ def test_a_deleted_file_is_made_again_and_nothing_else(
     assert parts - {"report"} <= {kind}
 
 
-def test_results_do_not_depend_on_workers_or_on_how_trials_are_packed(
-    finished: RunDirectory, images: Path, tmp_path: Path
+def test_results_do_not_depend_on_workers_on_packs_or_on_stages_side_by_side(
+    finished: RunDirectory, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipelines.run.sweeps_what_comes", lambda session: True)  # as on GPUs
     two = {"actors": 2, "concurrent_trials": 2, "points_per_trial": 5}
-    run = RunDirectory(str(tmp_path))
-    run_stages(small_config(images, resources=two), run.uri, list(STAGES)[:3], Console(quiet=True))
+    run, stages = RunDirectory(str(tmp_path)), list(STAGES)[:3]
+    run_stages(small_config(images, resources=two), run.uri, stages, Console(quiet=True))
     pd.testing.assert_frame_equal(
         result_rows(run).drop(columns="validation_accuracy"),
         result_rows(finished).drop(columns="validation_accuracy"),
@@ -124,16 +125,6 @@ def test_results_do_not_depend_on_workers_or_on_how_trials_are_packed(
     np.testing.assert_allclose(
         result_rows(run)["validation_accuracy"], result_rows(finished)["validation_accuracy"]
     )
-
-
-def test_a_sweep_beside_the_extraction_gives_the_same(
-    finished: RunDirectory, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipelines.run.sweeps_what_comes", lambda session: True)  # as on GPUs
-    run = RunDirectory(str(tmp_path))
-    seconds = run_stages(small_config(images), run.uri, list(STAGES)[:3], Console(quiet=True))
-    assert set(seconds) == {"extract", "sweep", "evaluate"}
-    pd.testing.assert_frame_equal(result_rows(run), result_rows(finished))
 
 
 def test_trials_that_wait_for_features_end_with_what_these_have_failed_by(
