@@ -106,6 +106,7 @@ def features_of(config: Config, run: RunDirectory) -> pd.DataFrame:
     return frame(run, "features").sort_values("index", ignore_index=True)
 
 
+@pytest.mark.slow
 def test_images_swapped_under_the_same_names_are_read_again(tmp_path: Path) -> None:
     root, run = write_classes(tmp_path / "images"), RunDirectory(str(tmp_path / "run"))
     before = features_of(config_of(root), run)
@@ -120,6 +121,7 @@ def test_images_swapped_under_the_same_names_are_read_again(tmp_path: Path) -> N
     pd.testing.assert_frame_equal(after, features_of(config_of(root), RunDirectory(str(tmp_path / "fresh"))))
 
 
+@pytest.mark.slow
 def test_other_weights_in_the_same_file_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
