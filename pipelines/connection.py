@@ -17,7 +17,7 @@ import ray
 
 from h2t.errors import UserError
 from pipelines.cluster import OBJECT_STORE_BYTES, SPARE_CPUS, Cluster
-from pipelines.interruption import reinstall, signal_behind
+from pipelines.interruption import causes, reinstall, signal_behind
 from pipelines.machine import GIB, available_cores, available_memory, memory_limit
 
 LARGEST_SHARE = 0.5  # of the memory that the object store may have; less if it is for two matrices
@@ -96,7 +96,7 @@ def checked_folder(size: int, why: str) -> str:
 
     Raises UserError, which begins with ``why``, where so many bytes find no room there either.
     """
-    folder = _temporary_folder() or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    folder = _temporary_folder() or stated_folder()
     os.makedirs(folder, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < size:
@@ -119,9 +119,14 @@ def _check_address(given: str | None, in_environment: str | None) -> None:
         )
 
 
+def stated_folder() -> str:
+    """Where Ray puts its sessions by itself."""
+    return os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+
+
 def _temporary_folder() -> str | None:
-    """Where Ray puts its sessions, whose sockets must have short paths; None for its own choice."""
-    stated = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    """Where Ray is to put its sessions, whose sockets must have short paths; None for its own choice."""
+    stated = stated_folder()
     if len(os.fsencode(stated)) <= LONGEST_FOLDER:
         return None
     if os.access(SHORT_FOLDER, os.W_OK):
@@ -191,7 +196,7 @@ def _start_here(cores: int, matrix: int, quiet: Mapping[str, Any]) -> str:
 
 def _not_started(error: Exception, folder: str | None) -> UserError:
     """The error of a Ray that did not start with its files in a folder."""
-    place = folder or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    place = folder or stated_folder()
     advice = (
         f"Ray keeps its sockets, logs and spilled objects in {place}: make room there or make it writable, "
         "or set RAY_TMPDIR to another folder"
@@ -210,7 +215,7 @@ def _join(address: str, quiet: Mapping[str, Any]) -> None:
     except (OSError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         if signal_behind(error):
             raise
-        if refused := next(filter(None, map(_about_tokens, _behind(error))), ""):
+        if refused := next(filter(None, map(_about_tokens, causes(error))), ""):
             raise UserError(f"the Ray cluster at '{address}' {refused}; {TOKEN_ADVICE}") from None
         raise UserError(
             f"no Ray cluster answers at '{address}' ({_first_line(error)}); start one with "
@@ -221,13 +226,6 @@ def _join(address: str, quiet: Mapping[str, Any]) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _behind(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _about_tokens(error: BaseException) -> str:

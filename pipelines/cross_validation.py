@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from h2t.costs import fitting_flops, shared_training
+from h2t.costs import shared_training
 from h2t.features import keep_features
 from h2t.head2toe import Head
 from h2t.metrics import accuracy, cross_entropy
@@ -20,7 +20,7 @@ from pipelines.artifacts import features, task_columns, write_rows
 from pipelines.cluster import concurrent_trials, reserved_memory, slots, trial_resources
 from pipelines.feature_cache import cached_features, feature_cache
 from pipelines.feature_files import FeatureMatrix
-from pipelines.head_training import fit_heads, training_memory
+from pipelines.head_training import fit_heads, training_flops, training_memory
 from pipelines.jobs import Job, NoMoreJobs, run_jobs
 from pipelines.packing import pieces
 from pipelines.products import RowFiles, Trial, trials_file
@@ -124,12 +124,9 @@ def packed(session: Session, missing: Sequence[Trial], n_slots: int) -> list[Pac
 
 def flops(session: Session, trials: Sequence[Trial]) -> int:
     """Operations of trials of one task, target size and fold."""
-    task, points = session.tasks[trials[0].task], [trial.point for trial in trials]
-    n_images = len(task.fold(trials[0].fold, trials[0].scope.shots)[0])
-    layout = session.layouts[points[0].target_size]
-    return fitting_flops(
-        points, layout, session.backbone.embedding, task.n_classes, n_images, session.config.batch_size
-    )
+    first = trials[0]
+    n_images = len(session.tasks[first.task].fold(first.fold, first.scope.shots)[0])
+    return training_flops(session, first.task, [trial.point for trial in trials], n_images)
 
 
 def as_jobs(session: Session, packs: Sequence[Pack], n_slots: int) -> list[Job]:

@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Literal
 
 from h2t.errors import UserError
 from pipelines.config import Config
-from pipelines.connection import LONGEST_FOLDER
+from pipelines.connection import LONGEST_FOLDER, stated_folder
 from pipelines.machine import GIB, available_cores, available_memory, container_cores, memory_limit
 from pipelines.run_directory import RunDirectory
 
@@ -128,7 +127,7 @@ def _shared_memory() -> Finding:
 
 
 def _temporary_folder() -> Finding:
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    folder = stated_folder()
     free = shutil.disk_usage(folder).free
     text = f"{folder}, {free / GIB:.1f} GiB free"
     if len(os.fsencode(folder)) > LONGEST_FOLDER:

@@ -97,6 +97,17 @@ def training_memory(
     return copy + min(heads, int(config.resources.memory_per_trial_gb * 2**30)) + PROCESS_BYTES
 
 
+def training_flops(
+    session: Session, task: str, points: Sequence[Hyperparameters], n_images: int | None = None
+) -> int:
+    """Operations of training points of one target size on so many of a task's images, or on all of them."""
+    data, layout = session.tasks[task], session.layouts[points[0].target_size]
+    n_images = len(data.labels["train"]) if n_images is None else n_images
+    return fitting_flops(
+        points, layout, session.backbone.embedding, data.n_classes, n_images, session.config.batch_size
+    )
+
+
 def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advance) -> None:
     """Train the chosen points on all training images; heads of equal features together, as a Ray task.
 
@@ -110,14 +121,15 @@ def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advan
     groups: dict[tuple[str, int], dict[Any, list[HeadToTrain]]] = {}
     for job in missing:
         key = job.task, job.point.target_size
-        tables[key] = features(session.tasks[job.task], "train", key[1])
+        if key not in tables:
+            tables[key] = features(session.tasks[job.task], "train", key[1])
         shared = shared_training(job.point), job.seed, job.scope
         groups.setdefault(key, {}).setdefault(shared, []).append(job)
     for table in tables.values():
         table.names(run)  # raises where some are not there
     parts = pieces(
         [list(group.values()) for group in groups.values()],
-        lambda jobs: _flops(session, jobs),
+        lambda jobs: training_flops(session, jobs[0].task, [job.point for job in jobs]),
         slots(cluster, resources | {"cpu": cpus}),
         per_slot=1,
         least=LEAST_FLOPS,
@@ -145,14 +157,6 @@ def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advan
             raise_user_error([_outcome(finished, pending[finished][0].task)])
             jobs = pending.pop(finished)
             advance(len(jobs), jobs[0].task)
-
-
-def _flops(session: Session, jobs: Sequence[HeadToTrain]) -> int:
-    task, points = session.tasks[jobs[0].task], [job.point for job in jobs]
-    layout, n_images = session.layouts[points[0].target_size], len(task.labels["train"])
-    return fitting_flops(
-        points, layout, session.backbone.embedding, task.n_classes, n_images, session.config.batch_size
-    )
 
 
 def _outcome(finished: ray.ObjectRef, task: str) -> str:

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 SECONDS_TO_END = 6.0  # of the ten that an end may take in all: on a busy machine it begins late
@@ -30,9 +31,14 @@ def signal_behind(error: BaseException | None) -> Stopped | None:
     """The signal that an exception goes back to: compiled code wraps what a handler raises in it."""
     if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
         return Stopped(signal.SIGTERM)  # by the handler that Ray has in place while it starts
-    while error is not None and not isinstance(error, Stopped):
+    return next((cause for cause in causes(error) if isinstance(cause, Stopped)), None)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those that led to it."""
+    while error is not None:
+        yield error
         error = error.__cause__ or error.__context__
-    return error
 
 
 _installed = False

@@ -23,20 +23,20 @@ def pieces(
     A piece costs at most what ``slots`` devices would have to do on average, divided by ``per_slot``, or is a
     single unit; no group is cut into pieces that cost less than ``least``.
     """
-    listed = [list(group) for group in groups]
-    limit = max(sum(cost(unit) for group in listed for unit in group) / (slots * per_slot), least)
-    cut = [_cut(group, cost, limit) for group in listed if group]
-    cut.sort(key=lambda parts: -max(sum(map(cost, part)) for part in parts))
-    return [part for parts in cut for part in parts]
+    weighed = [[(cost(unit), unit) for unit in group] for group in groups]
+    limit = max(sum(price for group in weighed for price, _ in group) / (slots * per_slot), least)
+    cut = [_cut(group, limit) for group in weighed if group]
+    cut.sort(key=lambda parts: -max(sum(price for price, _ in part) for part in parts))
+    return [[unit for _, unit in part] for parts in cut for part in parts]
 
 
-def _cut(group: list[Unit], cost: Callable[[Unit], float], limit: float) -> list[list[Unit]]:
-    parts: list[list[Unit]] = []
+def _cut(group: list[tuple[float, Unit]], limit: float) -> list[list[tuple[float, Unit]]]:
+    parts: list[list[tuple[float, Unit]]] = []
     room = 0.0
-    for unit in group:
-        room -= cost(unit)
+    for price, unit in group:
+        room -= price
         if not parts or room < -ROUNDING * limit:
             parts.append([])
-            room = limit - cost(unit)
-        parts[-1].append(unit)
+            room = limit - price
+        parts[-1].append((price, unit))
     return parts

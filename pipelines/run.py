@@ -98,7 +98,10 @@ def sweeps_what_comes(session: Session) -> bool:
 
     On GPUs, that is: the last actors of an extraction leave some idle. On a CPU nothing would be won.
     """
-    return bool(missing_units(session, extract.STEPS[0]) and session.cluster.gpus)
+    run, products = session.run, extract.STEPS[0].products(session)
+    return any(product.missing(run, run.names(product.folder)) for product in products) and bool(
+        session.cluster.gpus
+    )
 
 
 def run_recipes(config: Config, uri: str, console: Console, address: str | None) -> float:
@@ -124,7 +127,8 @@ def precisions(config: Config) -> set[str]:
 
 def run_step(session: Session, step: Step, stage: str) -> int:
     """Set aside what is stale or damaged and make what is missing; how many units that was."""
-    missing = missing_units(session, step)
+    products = step.products(session)
+    missing = [unit for product in products for unit in _reconcile(session, step, product)]
     total = step.count(missing)
     if step.brief:
         step.make(session, missing, lambda count, note: None)
@@ -137,14 +141,9 @@ def run_step(session: Session, step: Step, stage: str) -> int:
             StepRecorder(session.run, note) as recorder,
         ):
             step.make(session, missing, in_both(progress.advance, recorder.advance))
-    elif step.products(session):
+    elif products:
         session.console.print(f"{step.title:<9} nothing to do: all {step.unit} are there")
     return total
-
-
-def missing_units(session: Session, step: Step) -> list[Any]:
-    """The units that a step is to make, once what is stale or damaged is set aside."""
-    return [unit for product in step.products(session) for unit in _reconcile(session, step, product)]
 
 
 def in_both(first: Advance, second: Advance) -> Advance:

@@ -88,7 +88,7 @@ def process_shards(
     counter = ImageCounter.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     with CountedImages(counter, shards, advance) as counted:
         rows = stream_shards(session, shards, make_step, counter)
-        for row in watched(rows, counted, session.config, partial(devices_lack, session)):
+        for row in watched(rows, counted, session.config, partial(others_hold_devices, session)):
             if row["deadly"]:
                 deadly.append(row["deadly"])
                 continue
@@ -195,23 +195,22 @@ class CountedImages:
                     self._tell(place, count)
 
 
-def devices_lack(session: Session) -> str:
-    """What actors wait for that have not started: devices that others hold; "" where there are some."""
+def others_hold_devices(session: Session) -> bool:
+    """Whether there is no device for an actor, on a cluster that other runs use too."""
     _, gpus = backbone_actors(session.cluster, session.config.resources)
-    kind, needed = ("GPU", gpus) if gpus else ("CPU", float(session.config.resources.cpus_per_actor))
-    free = ray.available_resources().get(kind, 0.0)
-    return "" if free >= needed else f"all {kind}s of the cluster are held by others"
+    kind, needed = ("GPU", gpus) if gpus else ("CPU", session.config.resources.cpus_per_actor)
+    return not session.cluster.local and ray.available_resources().get(kind, 0.0) < needed
 
 
 def watched(
     rows: Iterator[dict[str, Any]],
     counted: CountedImages,
     config: Config,
-    waits_for: Callable[[], str] = lambda: "",
+    waits: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
     """The rows, as long as images are read or computed: slow is not stuck, nor is who waits for a device.
 
-    ``waits_for`` says what an actor could not be started for, and is asked where none was.
+    ``waits``: whether others hold the devices; it is asked while no actor has started.
 
     Raises UserError where nothing of that has happened for the time that the recipe sets.
     """
@@ -233,7 +232,7 @@ def watched(
         except Empty:
             if time.monotonic() - counted.moved <= limit:
                 continue
-            if not counted.actors and waits_for():
+            if not counted.actors and waits():
                 counted.moved = time.monotonic()
                 continue
             done = f"{sum(counted.told.values())} of {sum(counted.total.values())} images are done"

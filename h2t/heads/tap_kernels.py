@@ -109,16 +109,18 @@ def tap_kernels(problem: Problem, coefficients: Sequence[float]) -> Iterator[Sol
     penalty = PENALTIES[int(held_out_losses(kernel, targets, PENALTIES).argmin())]
     roots = np.sqrt(np.repeat(weights / diagonals, problem.layout.widths)).astype(np.float32)
     on_kept = partial(reweighted, penalty=penalty)
-    rounds = [_solved(problem, _centred(problem.features)[0] * roots, roots, kernel, penalty)]
+    centred, variances = _centred(problem.features)
+    rounds = [_solved(problem, np.multiply(centred, roots, out=centred), roots, kernel, penalty)]
+    del centred
     for coefficient in coefficients:
         while len(rounds) <= int(coefficient):
-            rounds.append(on_kept(problem, contributions(rounds[-1].weight, problem.features)))
+            rounds.append(on_kept(problem, contributions(rounds[-1].weight, variances)))
         yield rounds[int(coefficient)]._replace(on_kept=on_kept)
 
 
-def contributions(weight: np.ndarray, features: np.ndarray) -> np.ndarray:
+def contributions(weight: np.ndarray, variances: np.ndarray) -> np.ndarray:
     """Of each feature, float [n_features]: the norm of its weights times its standard deviation."""
-    return np.sqrt(np.einsum("fc,fc->f", weight, weight) * _centred(features)[1])
+    return np.sqrt(np.einsum("fc,fc->f", weight, weight) * variances)
 
 
 def reweighted(problem: Problem, contributions: np.ndarray, penalty: float) -> Solution:

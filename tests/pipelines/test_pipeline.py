@@ -353,6 +353,10 @@ def test_rows_come_as_long_as_something_moves(images: Path, monkeypatch: pytest.
     assert [row["row"] for row in shard_stream.watched(rows(False), counted, config)] == [0, 1]
     with pytest.raises(UserError, match="no image was read or computed for 0 s; 4 of 10 images are done"):
         list(shard_stream.watched(rows(True), counted, config))
+    free = iter([True, True, False])  # others hold the devices, twice
+    with pytest.raises(UserError, match="no image was read"):
+        list(shard_stream.watched(rows(True), counted, config, lambda: next(free)))
+    assert next(free, None) is None
     never.set()
     with pytest.raises(ZeroDivisionError):
         list(shard_stream.watched((1 // 0 for _ in "x"), counted, config))  # type: ignore[misc]

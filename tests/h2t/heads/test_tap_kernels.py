@@ -123,7 +123,7 @@ def test_reweighting_moves_weight_to_the_features_that_contribute() -> None:
     problem = Problem(features, labels, 3, LAYOUT)
     shares = []
     for solution in tap_kernels(problem, [0.0, 1.0, 3.0]):
-        sizes = np.sort(contributions(solution.weight, features))[::-1]
+        sizes = np.sort(contributions(solution.weight, features.var(0)))[::-1]
         shares.append(sizes[:9].sum() / sizes.sum())
     assert 0.1 < shares[0] < shares[1] < shares[2] <= 1
     (again,) = tap_kernels(problem, [3.0])
