@@ -1,9 +1,10 @@
 """The layout of taps in a feature matrix, and the unit norm of features (section 4 of the paper)."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -48,6 +49,30 @@ class FeatureLayout:
         return FeatureLayout(self.taps, tuple(widths.tolist()))
 
 
+class TapFeatures(ABC):
+    """Raw features of images that lie elsewhere: those of one tap at a time are read to memory."""
+
+    layout: FeatureLayout
+
+    @abstractmethod
+    def read(self, tap: int) -> np.ndarray:
+        """The features of a tap, float32 or float16 [n, width]."""
+
+    def kept(
+        self, layout: FeatureLayout, kept: np.ndarray, rows: np.ndarray | None = None
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Features of some rows, tap by tap: where they stand among the columns ``kept``, and float32 [m, k].
+
+        ``layout``: that of the columns, some of the taps here.
+        """
+        position = dict(zip(self.layout.taps, range(len(self.layout.taps)), strict=True))
+        for name, columns in zip(layout.taps, layout.slices, strict=True):
+            start, stop = np.searchsorted(kept, (columns.start, columns.stop))
+            if start < stop:
+                values = self.read(position[name])
+                yield slice(start, stop), keep_columns(values, kept[start:stop] - columns.start, rows)
+
+
 WIDENED_AT_ONCE = 64  # rows
 
 EMBEDDING = "pre_logits"
@@ -72,26 +97,58 @@ def unit_norm(features: Matrix, layout: FeatureLayout, out: Matrix | None = None
     return out
 
 
+@overload
 def keep_features(
-    features: Matrix,
+    features: TapFeatures | np.ndarray,
     layout: FeatureLayout,
     kept: np.ndarray,
     rows: np.ndarray | None = None,
     *,
     raw: bool = False,
-) -> Matrix:
+) -> np.ndarray: ...
+
+
+@overload
+def keep_features(
+    features: torch.Tensor,
+    layout: FeatureLayout,
+    kept: np.ndarray,
+    rows: np.ndarray | None = None,
+    *,
+    raw: bool = False,
+) -> torch.Tensor: ...
+
+
+def keep_features(
+    features: TapFeatures | np.ndarray | torch.Tensor,
+    layout: FeatureLayout,
+    kept: np.ndarray,
+    rows: np.ndarray | None = None,
+    *,
+    raw: bool = False,
+) -> np.ndarray | torch.Tensor:
     """The kept features, of unit norm per example and tap **over what is kept of the tap**; or as they are.
 
     ``features``: float [n, N], never written; ``kept``: int64 [K], ascending columns; ``rows``: int64 [m],
     the examples (default: all, in order); ``raw``: without any norm. Returns a new float [m, K], float32 of
     NumPy's float16.
     """
-    _check_width(features, layout)
-    if isinstance(features, np.ndarray) and features.dtype == np.float16:
-        values = _widened(features, kept, rows)
+    if isinstance(features, TapFeatures):
+        parts = [part for _, part in features.kept(layout, kept, rows)]
+        values = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
     else:
-        values = _taken(features, kept, rows)
+        _check_width(features, layout)
+        if isinstance(features, np.ndarray):
+            values = keep_columns(features, kept, rows)
+        else:
+            kept_values = _taken(features, kept, rows)
+            return kept_values if raw else unit_norm(kept_values, layout.of_kept(kept), out=kept_values)
     return values if raw else unit_norm(values, layout.of_kept(kept), out=values)
+
+
+def keep_columns(features: np.ndarray, kept: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """Some columns, and rows, of features as they are: a new float [m, K], float32 of float16."""
+    return (_widened if features.dtype == np.float16 else _taken)(features, kept, rows)
 
 
 def _taken(features: Matrix, kept: np.ndarray, rows: np.ndarray | None) -> Matrix:

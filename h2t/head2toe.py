@@ -1,6 +1,6 @@
 """Head2Toe and its baselines on frozen features: score, keep, train the final head (Section 3.2)."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, get_args
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from h2t.errors import UserError, unknown
-from h2t.features import FeatureLayout, keep_features, unit_norm
+from h2t.features import FeatureLayout, TapFeatures, keep_features, unit_norm
 from h2t.heads.blocks import HeadStack
 from h2t.heads.neighbours import Neighbours, head_logits
 from h2t.heads.solution import Problem
 from h2t.heads.solvers import SOLVERS
 from h2t.heads.spec import HeadSpec, Normalization, Precision
+from h2t.heads.tap_kernels import of_rows
 from h2t.heads.training import train_groups, train_stacks
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS, find_method
@@ -74,9 +75,19 @@ class Head:
         return head_logits(inputs, self.weight, self.bias, self.neighbours)
 
 
-def logits(head: Head, features: np.ndarray) -> np.ndarray:
-    """Logits float32 [n, n_classes] of raw features float32 [n, n_features], all of the head's layout."""
-    return head.logits(keep_features(features, head.layout, head.kept, raw=head.raw))
+def logits(head: Head, features: np.ndarray | TapFeatures, rows: np.ndarray | None = None) -> np.ndarray:
+    """Logits float32 [n, n_classes] of raw features float32 [n, n_features], all of the head's layout.
+
+    ``rows``: of the features (default: all). Features that lie elsewhere are read tap by tap.
+    """
+    if head.neighbours or isinstance(features, np.ndarray):
+        return head.logits(keep_features(features, head.layout, head.kept, rows, raw=head.raw))
+    products: np.ndarray | float = 0.0
+    for columns, values in features.kept(head.layout, head.kept, rows):
+        if not head.raw:
+            values = unit_norm(values, FeatureLayout(("tap",), values.shape[1:]))
+        products = products + values @ head.weight[columns]
+    return products + head.bias
 
 
 VARIANCE_FLOOR = 1e-5
@@ -87,10 +98,11 @@ VARIANCE_FLOOR = 1e-5
 class _Data:
     """Everything that the heads of a call share; ``rows``: those of ``features`` to train on.
 
-    ``center``, ``scale``: float32 [n_features], of features that are normalised each by itself.
+    ``center``, ``scale``: float32 [n_features], of features that are normalised each by itself; ``products``:
+    from a tap to those of all of its features, see ``fit``.
     """
 
-    features: np.ndarray
+    features: np.ndarray | TapFeatures
     labels: np.ndarray
     rows: np.ndarray
     layout: FeatureLayout
@@ -100,12 +112,14 @@ class _Data:
     normalization: Normalization = "unit"
     center: np.ndarray | None = None
     scale: np.ndarray | None = None
+    products: Callable[[int], np.ndarray] | None = None
 
     def normalized(self, normalization: Normalization) -> "_Data":
         """The same with features normalised in that way."""
         if normalization != "per_feature":
             return replace(self, normalization=normalization)
-        values = self.features[self.rows].astype(np.float32, copy=False)
+        every = np.arange(self.layout.n_features)
+        values = keep_features(self.features, self.layout, every, self.rows, raw=True)
         center, scale = values.mean(0), np.sqrt(values.var(0) + np.float32(VARIANCE_FLOOR))
         return replace(self, normalization=normalization, center=center, scale=scale)
 
@@ -124,6 +138,29 @@ class _Data:
             values -= self.center[kept]
             values /= self.scale[kept]
         return values
+
+    def problem(self, columns: slice) -> Problem:
+        """What a head on a range of the features is to be solved for."""
+        every = np.arange(columns.start, columns.stop, dtype=np.int64)
+        whole = (columns.start, columns.stop) == (0, self.layout.n_features)
+        return Problem(
+            lambda part: self.inputs(every[part], self.rows),
+            self.labels[self.rows],
+            self.options["n_classes"],
+            self.layout.of_kept(every),
+            self._products_of_rows if self.products and whole else None,
+            self.options["device"],
+        )
+
+    def problem_on_kept(self, kept: np.ndarray) -> Problem:
+        """What a head on kept features is to be solved for."""
+        labels, n_classes = self.labels[self.rows], self.options["n_classes"]
+        values = self.inputs(kept, self.rows)
+        return Problem.of(values, labels, n_classes, self.layout.of_kept(kept), self.options["device"])
+
+    def _products_of_rows(self, tap: int) -> np.ndarray:
+        assert self.products
+        return of_rows(self.products(tap), self.rows)
 
     def head(
         self,
@@ -156,7 +193,7 @@ class _Final(NamedTuple):
 
 
 def fit(
-    features: np.ndarray,
+    features: np.ndarray | TapFeatures,
     labels: np.ndarray,
     layout: FeatureLayout,
     hyperparameters: Sequence[Hyperparameters],
@@ -167,6 +204,7 @@ def fit(
     rows: np.ndarray | None = None,
     taps: Sequence[str] | None = None,
     kept: Mapping[int, np.ndarray] | None = None,
+    products: Callable[[int], np.ndarray] | None = None,
     shuffle: Sequence[int] | None = None,
     batch_size: int = 128,
     memory_budget: int | None = None,
@@ -184,6 +222,10 @@ def fit(
     the same. ``kept``: seed -> int64 [n_kept], features to train final heads on in place of those that a
     point's rule would keep.
 
+    Features that lie elsewhere are read tap by tap by the solver of tap kernels; every other method takes
+    them to memory, all together. ``products``: from a tap to the products float32 [n, n] of its features less
+    their means, if they are known; tap kernels begin with these.
+
     ``shuffle``: numbers that, with the seed of a head, draw the order of its rows, which each of the two
     phases repeats until its steps are done; so the official code has it, which reads the images in a new
     order whenever it computes their features. None takes the rows as they come.
@@ -195,19 +237,23 @@ def fit(
     Raises UserError, before any training, for hyperparameters, labels or features that cannot be used.
     """
     whole, columns = layout, None
-    features, labels = np.asarray(features), np.asarray(labels)
-    if features.dtype != np.float16:  # which becomes float32 where rows of it are normalised
-        features = np.asarray(features, np.float32)
+    labels = np.asarray(labels)
+    if not isinstance(features, TapFeatures):
+        features = np.asarray(features)
+        if features.dtype != np.float16:  # which becomes float32 where rows of it are normalised
+            features = np.asarray(features, np.float32)
     if taps is not None:
         columns = columns_of(layout, taps)
-        features, layout = features[:, columns], _part(layout, taps)
+        if not isinstance(features, TapFeatures):
+            features = features[:, columns]
+        layout, products = _part(layout, taps), None
     check_hyperparameters(hyperparameters, layout)
     on_embedding = [point for point in hyperparameters if METHODS[point.method].features == "embedding"]
     if embedding not in layout.taps and (on_embedding or taps is None):
         raise unknown("tap", embedding, layout.taps)
     rows = np.arange(len(labels)) if rows is None else np.asarray(rows)
     options = {"n_classes": n_classes, "batch_size": batch_size, "device": device, "precision": precision}
-    data = _Data(features, labels, rows, layout, memory_budget, shuffle, options)
+    data = _Data(features, labels, rows, layout, memory_budget, shuffle, options, products=products)
     heads = _fit_given(data, hyperparameters, kept) if kept else _fit(data, hyperparameters, seeds, embedding)
     if columns is None:
         return heads
@@ -283,31 +329,27 @@ def _solve_columns(
 ) -> Iterator[Head]:
     """Solve for heads on a range of the features, or on what they keep; they are the same for every seed."""
     every = np.arange(columns.start, columns.stop, dtype=np.int64)
-    inputs, labels = data.inputs(every, data.rows), data.labels[data.rows]
-
-    def problem(kept: np.ndarray, values: np.ndarray) -> Problem:
-        return Problem(values, labels, data.options["n_classes"], data.layout.of_kept(kept))
+    problem, labels = data.problem(columns), data.labels[data.rows]
 
     def solver_of(point: Hyperparameters) -> str:
         return str(METHODS[point.method].solver)
 
     for solver, group in groupby(sorted(points, key=solver_of), solver_of):
         members = list(group)
-        keeping = any(METHODS[point.method].features == "kept" for point in members)
-        parts = data.layout.of_kept(every).slices if keeping else ()
-        spread = np.concatenate([np.ones(0), *(inputs[:, part].std(0) for part in parts)])[:, None]
         coefficients = sorted({point.coefficient for point in members})
-        solutions = SOLVERS[solver](problem(every, inputs), coefficients)
+        solutions = SOLVERS[solver](problem, coefficients)
         for coefficient, solution in zip(coefficients, solutions, strict=True):
             for point in (point for point in members if point.coefficient == coefficient):
-                method, kept, values, found = METHODS[point.method], every, inputs, solution
-                if method.features == "kept":
+                kept, found = every, solution
+                if METHODS[point.method].features == "kept":
                     assert solution.on_kept, f"{solver} has nothing to solve with on kept features"
-                    scores = WEIGHT_RULES[str(method.selection)](solution.weight * spread, data.layout)
-                    kept = keep_top(scores, point.keep_fraction, point.offset)
-                    values = data.inputs(kept, data.rows)
-                    found = solution.on_kept(problem(kept, values), np.sqrt(scores[kept]))
-                loss = cross_entropy(head_logits(values, *found[:3]), labels)
+                    assert solution.contributions is not None
+                    kept = keep_top(solution.contributions, point.keep_fraction, point.offset)
+                    found = solution.on_kept(data.problem_on_kept(kept), solution.contributions[kept])
+                outputs = found.outputs
+                if outputs is None:
+                    outputs = head_logits(problem.features, *found[:3])
+                loss = cross_entropy(outputs, labels)
                 for seed in seeds:
                     yield data.head(point, seed, kept, found.weight, found.bias, loss, found.neighbours)
 

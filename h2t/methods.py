@@ -50,6 +50,11 @@ class Method:
     builds_on: str | None = None
     best_of: tuple[str, ...] = ()
 
+    @property
+    def by_tap(self) -> bool:
+        """Whether it reads features tap by tap, beginning with their products."""
+        return self.solver == "tap_kernels"
+
 
 LOGISTIC = tuple(10.0**power for power in range(-5, 7))
 """Penalties of logistic regression: the inverses of 1e-6 to 1e5, which protocols of CLIP and DINO sweep."""
@@ -74,8 +79,8 @@ METHODS: dict[str, Method] = {
         Method("all_knn", "+All-k-NN", "all", solver="knn", solver_coefficients=NEIGHBOURS),
         Method("all_ridge", "+All-Ridge", "all", solver="ridge"),
         Method("all_logistic", "+All-Logistic", "all", solver="logistic", solver_coefficients=LOGISTIC),
-        Method("tap_kernels", "Tap kernels", "all", solver="tap_mixture", solver_coefficients=ROUNDS),
-        Method("tap_kernels_kept", "Tap kernels, kept", "kept", selection="score", solver="tap_mixture",
+        Method("tap_kernels", "Tap kernels", "all", solver="tap_kernels", solver_coefficients=ROUNDS),
+        Method("tap_kernels_kept", "Tap kernels, kept", "kept", selection="score", solver="tap_kernels",
                solver_coefficients=ROUNDS[1:2]),
         Method("all", "+All", "all"),
         Method("all_l2", "+All-l2", "all", "l2"),

@@ -15,17 +15,19 @@ import pyarrow as pa
 
 from h2t.backbones.pretrained import weights_identity
 from h2t.errors import UserError
+from h2t.features import FeatureLayout
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
-from pipelines.config import Config, FeaturesConfig, fingerprint
+from pipelines.config import Config, fingerprint
 from pipelines.products import Files, RowFiles, Shard, Trial, TrialFiles
 from pipelines.run_directory import RunDirectory
-from pipelines.scope import EVERYTHING, Scope
+from pipelines.scope import EVERYTHING, Scope, reads_by_tap
 from pipelines.task_data import Split, TaskData
 from pipelines.variants import Variant
 
 FEATURES_VERSION = 1  # raise it when a change of the code changes the features
 HEADS_VERSION = 3  # likewise for heads on frozen features: the trainer, the rules that keep features
+GRAMS_VERSION = 1  # likewise for the products of features
 FINETUNING_VERSION = 2  # likewise for trained backbones
 
 PREDICTIONS_VERSION = 2  # likewise for what is kept of predictions
@@ -84,7 +86,7 @@ def features_key(task: TaskData, split: Split) -> str:
     return fingerprint(
         FEATURES_VERSION, backbone, weights, task.image_identity(split), split, config.on_bad_image,
         *([] if config.deterministic == "machine" else [config.deterministic]),
-        *([] if config.features == FeaturesConfig() else [config.features.model_dump()]),
+        *([] if config.features.precision == "float32" else [{"precision": config.features.precision}]),
     )  # fmt: skip
 
 
@@ -121,6 +123,35 @@ def features(task: TaskData, split: Split, target_size: int) -> RowFiles:
     """Features of one split at one target size: a row per image, a list of numbers per tap."""
     folder = _folder(task, "features", f"target-size-{target_size}", task.name, split)
     return _row_files(task, split, folder, features_key(task, split), target_size, "extract")
+
+
+@dataclass(frozen=True)
+class TapToMultiply:
+    """A tap, the file of its products, and the forward pass that reads it where no features are stored."""
+
+    task: str
+    split: Split
+    target_size: int
+    tap: int
+    n_rows: int
+    forward_pass: int
+    file: str
+
+
+def grams(
+    task: TaskData, split: Split, target_size: int, layout: FeatureLayout, passes: Sequence[int] = ()
+) -> Files:
+    """The products of one split's features with each other, a file per tap; ``passes``: those of each."""
+    folder = _folder(task, "grams", f"target-size-{target_size}", task.name, split)
+    key = fingerprint(GRAMS_VERSION, features_key(task, split))
+    units = [
+        TapToMultiply(
+            task.name, split, target_size, tap, len(task.labels[split]), number,
+            f"{folder}/tap-{tap:03d}-{key}.parquet",
+        )
+        for tap, number in enumerate(passes or [0] * len(layout.taps))
+    ]  # fmt: skip
+    return Files(folder, {unit.file: unit for unit in units})
 
 
 def _row_files(task: TaskData, split: Split, folder: str, key: str, tag: int | str, stage: str) -> RowFiles:
@@ -247,6 +278,11 @@ class HeadToTrain:
     file: str
     scope: Scope = EVERYTHING
     kept: str = ""
+
+    @property
+    def reads_by_tap(self) -> bool:
+        """Whether it reads features tap by tap."""
+        return reads_by_tap(self.point.method, self.scope)
 
 
 def heads(task: TaskData, points: Sequence[Hyperparameters]) -> Files:

@@ -522,7 +522,7 @@ def _answer() -> None:
 
 def main() -> None:
     """Run the command line; a signal, too, is one message and its exit status."""
-    from pipelines.interruption import end_soon, signal_behind, stop_on_signals
+    from pipelines.interruption import end_soon, ignore_signals, say, signal_behind, stop_on_signals
 
     stop_on_signals()
     try:
@@ -531,10 +531,9 @@ def main() -> None:
         stopped = signal_behind(error)
         if stopped is None:
             raise
-        end_soon(stopped.exit_code)
-        Console(stderr=True).print(
-            f"stopped by {stopped.name}; what was done is kept: the same command goes on", soft_wrap=True
-        )
+        ignore_signals()
+        end_soon(stopped)  # which Ray's handler has not begun
+        say(stopped)
         sys.exit(stopped.exit_code)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, fields, is_dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -33,6 +33,9 @@ from pipelines.studies import checked_name, find_study
 
 if TYPE_CHECKING:
     from h2t.finetuning import FinetuneOptions
+
+Store = Literal["features", "gram"]
+"""What is kept of training images: features, or the products of those of all pairs, tap by tap."""
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -141,9 +144,24 @@ class ImagesConfig(_Section):
 
 
 class FeaturesConfig(_Section):
-    """How the features are stored: float16 takes half the bytes, on the disk and in memory."""
+    """How the features are stored: float16 takes half the bytes, on the disk and in memory.
+
+    ``store: gram`` keeps none of them, but the products of all pairs of training images, tap by tap.
+    """
 
     precision: StoredPrecision = "float32"
+    store: Store = "features"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_a_word(cls, given: Any) -> Any:
+        return {"store": given} if given in get_args(Store) else given
+
+    @model_validator(mode="after")
+    def _a_precision_of_what_is_stored(self) -> "FeaturesConfig":
+        if self.store == "gram" and self.precision != "float32":
+            raise ValueError(f"precision: nothing is stored in {self.precision} with store: gram")
+        return self
 
 
 class TaskConfig(_Section):
@@ -322,6 +340,7 @@ class Config(_Section):
             raise ValueError(
                 f"backbone.second: {finetuned[0].name} trains the backbone; expected methods on frozen ones"
             )
+        self._check_store()
         try:
             check_depth(self.backbone.max_depth, self.methods)
         except UserError as error:
@@ -356,6 +375,22 @@ class Config(_Section):
             if name == "control" and self.control is None:
                 raise ValueError("studies: control needs a second network; expected control: {name: …}")
         return self
+
+    def _check_store(self) -> None:
+        """Raise ValueError for what needs features where none are stored."""
+        if self.features.store == "features":
+            return
+        needing = [
+            name
+            for name in self.methods
+            if (not METHODS[name].trains_backbone and name != "tap_kernels") or METHODS[name].builds_on
+        ]
+        if needing or self.studies:
+            what = f"methods: {needing[0]}" if needing else f"studies: {self.studies[0]}"
+            raise ValueError(
+                f"{what} needs features, of which store: gram keeps none; expected tap_kernels, methods that "
+                "train the backbone, or features: {store: features}"
+            )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -410,8 +445,14 @@ class Config(_Section):
         return self.task_settings(name).images or self.images
 
     def search_space(self, method: str) -> list[Hyperparameters]:
-        """The points of the search space of one method on frozen features."""
-        return search_space(method, self.grid)
+        """The points of the search space of one method on frozen features.
+
+        Where none are stored, nothing is reweighted by feature.
+        """
+        points = search_space(method, self.grid)
+        if self.features.store == "features":
+            return points
+        return [point for point in points if point.coefficient == 0]
 
 
 def _known(name: str) -> bool:

@@ -28,6 +28,7 @@ from pipelines.products import Files, Gap, RowFiles, count_rows
 from pipelines.results import kept_rows, outcome_of_head, prediction_table, result_rows
 from pipelines.schemas import KEPT, RESULTS, THUMBNAILS
 from pipelines.session import Advance, Session, Step
+from pipelines.streamed_heads import stream_heads
 from pipelines.task_data import TaskData
 from pipelines.thumbnails import thumbnail_rows
 
@@ -36,6 +37,12 @@ def heads_of_tasks(session: Session) -> dict[str, Files]:
     """The final heads of every task with methods on frozen features; needs the choices of the sweep."""
     products = {name: final_heads(session.run, task) for name, task in session.tasks.items()}
     return {name: product for name, product in products.items() if product.units}
+
+
+def make_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advance) -> None:
+    """Train final heads on stored features, or from the images where none are."""
+    make = train_heads if session.config.features.store == "features" else stream_heads
+    make(session, missing, advance)
 
 
 def prediction_products(session: Session) -> list[RowFiles]:
@@ -109,7 +116,7 @@ def make_results(session: Session, tasks: Sequence[str], advance: Advance) -> No
 
 
 STEPS = (
-    Step("heads", "heads", lambda session: list(heads_of_tasks(session).values()), train_heads),
+    Step("heads", "heads", lambda session: list(heads_of_tasks(session).values()), make_heads),
     Step("evaluate", "predictions", prediction_products, make_predictions, count_rows),
     Step("results", "results", result_products, make_results, brief=True),
 )

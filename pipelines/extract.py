@@ -8,6 +8,7 @@ import numpy as np
 
 from h2t.backbones.pretrained import find_weights, name_in_timm, weights_identity
 from h2t.costs import measure_backbone
+from pipelines import grams
 from pipelines.artifacts import backbone_folder, bad_rows, features, features_key, manifest, write_rows
 from pipelines.backbone import layouts, load_whole
 from pipelines.config import Config
@@ -28,6 +29,7 @@ def feature_products(session: Session) -> list[RowFiles]:
         for task in session.tasks.values()
         for split in task.stored_splits
         for size in session.config.grid.target_size
+        if session.config.features.store == "features"
     ]
 
 
@@ -108,6 +110,7 @@ def list_files_left_out(session: Session, tasks: Sequence[str], advance: Advance
 
 STEPS = (
     Step("extract", "images", feature_products, make_features, count_rows),
+    *grams.STEPS,
     Step("bad rows", "lists", lambda session: [bad_rows(task) for task in session.tasks.values()],
          list_files_left_out, brief=True),
     Step("manifests", "manifests", lambda session: [manifest(task) for task in session.tasks.values()],

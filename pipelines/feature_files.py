@@ -7,7 +7,7 @@ compressed unless asked for: zstd 1 over split bytes saves a third and halves th
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 
 from h2t.errors import UserError
 from h2t.feature_columns import tap_columns, tap_fields
-from h2t.features import FeatureLayout
+from h2t.features import FeatureLayout, TapFeatures
 from h2t.precision import StoredPrecision
 from pipelines.run_directory import RunDirectory, naming_damage
 
@@ -121,10 +121,10 @@ class FeatureMatrix:
     """Features of one task and target size: ``values`` [n, n_features] as they are stored, rows by index.
 
     ``index`` int32 [n] is the row in the source, ``labels`` int32 [n]; ``embedding``: the tap that a linear
-    probe reads.
+    probe reads. The values are in memory, or stay in their files until a tap is read.
     """
 
-    values: np.ndarray
+    values: np.ndarray | TapFeatures
     labels: np.ndarray
     index: np.ndarray
     layout: FeatureLayout
@@ -132,8 +132,13 @@ class FeatureMatrix:
 
     def rows_of(self, indices: np.ndarray) -> np.ndarray:
         """Rows that hold the images ``indices``, in that order; skipped images are left out."""
-        rows = np.minimum(np.searchsorted(self.index, indices), len(self.index) - 1)
-        return rows[self.index[rows] == indices]
+        return rows_of(self.index, indices)
+
+
+def rows_of(index: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Where ``indices`` stand in an ascending ``index``; those that do not are left out."""
+    rows = np.minimum(np.searchsorted(index, indices), len(index) - 1)
+    return rows[index[rows] == indices]
 
 
 def read_layout(run: RunDirectory, name: str) -> tuple[FeatureLayout, str]:
@@ -142,33 +147,68 @@ def read_layout(run: RunDirectory, name: str) -> tuple[FeatureLayout, str]:
         return _layout(file.schema_arrow), file.schema_arrow.metadata[EMBEDDING].decode()
 
 
-def read_features(run: RunDirectory, names: Sequence[str]) -> FeatureMatrix:
-    """Read feature files to one matrix, rows sorted by index.
+@dataclass(frozen=True)
+class StoredTaps(TapFeatures):
+    """Features that stay in their files: a tap is a column, which is read alone.
+
+    ``position`` int64 [n]: where the rows of the files, one after the other, stand among the rows by index.
+    """
+
+    run: RunDirectory
+    names: Sequence[str]
+    layout: FeatureLayout
+    position: np.ndarray
+    stored: np.dtype
+
+    def read(self, tap: int) -> np.ndarray:
+        """The features of a tap as they are stored, [n, width], rows by index."""
+        return self.read_taps([tap])
+
+    def read_taps(self, taps: Sequence[int]) -> np.ndarray:
+        """Those of several taps side by side."""
+        some = [self.layout.taps[tap] for tap in taps]
+        layout = FeatureLayout(tuple(some), tuple(self.layout.widths[tap] for tap in taps))
+        values, start = np.empty((len(self.position), layout.n_features), self.stored), 0
+        with ExitStack() as opened:
+            files = [opened.enter_context(self.run.open_table(name)) for name in self.names]
+            for table in _row_groups(self.names, files, some):
+                rows = self.position[start : start + len(table)]
+                for tap, span in zip(some, layout.slices, strict=True):
+                    _fill(values[:, span], table[tap], rows)
+                start += len(table)
+        return values
+
+
+def open_features(run: RunDirectory, names: Sequence[str]) -> FeatureMatrix:
+    """Feature files as one table, rows sorted by index; the values stay in the files.
 
     Raises UserError without a file and for files of different taps.
     """
     if not names:
         raise UserError("expected at least one feature file, got none")
-    with ExitStack() as opened:
-        files = [opened.enter_context(run.open_table(name)) for name in names]
-        layout = _layout(files[0].schema_arrow)
-        for name, file in zip(names, files, strict=True):
-            if (other := _layout(file.schema_arrow)) != layout:
-                raise UserError(f"{name}: expected taps {layout}, got {other}")
-        keys = [_read(name, file.read, ["index", "label"]) for name, file in zip(names, files, strict=True)]
-        index = np.concatenate([part["index"].to_numpy() for part in keys])
-        labels = np.concatenate([part["label"].to_numpy() for part in keys])
-        order = np.argsort(index, kind="stable")
-        position = np.argsort(order)
-        stored = files[0].schema_arrow.field(layout.taps[0]).type.value_type.to_pandas_dtype()
-        values = np.empty((len(index), layout.n_features), stored)
-        start = 0
-        for table in _row_groups(names, files, layout.taps):
-            for tap, span in zip(layout.taps, layout.slices, strict=True):
-                _fill(values[:, span], table[tap], position[start : start + len(table)])
-            start += len(table)
-        embedding = files[0].schema_arrow.metadata[EMBEDDING].decode()
-    return FeatureMatrix(values, labels[order], index[order], layout, embedding)
+    keys, layouts = [], []
+    for name in names:
+        with run.open_table(name) as file:
+            schema = file.schema_arrow
+            layouts.append(_layout(schema))
+            keys.append(_read(name, file.read, ["index", "label"]))
+    for name, layout in zip(names, layouts, strict=True):
+        if layout != layouts[0]:
+            raise UserError(f"{name}: expected taps {layouts[0]}, got {layout}")
+    index, labels = (
+        np.concatenate([part[column].to_numpy() for part in keys]) for column in ("index", "label")
+    )
+    order = np.argsort(index, kind="stable")
+    stored = schema.field(layout.taps[0]).type.value_type.to_pandas_dtype()
+    values = StoredTaps(run, names, layout, np.argsort(order), np.dtype(stored))
+    return FeatureMatrix(values, labels[order], index[order], layout, schema.metadata[EMBEDDING].decode())
+
+
+def read_features(run: RunDirectory, names: Sequence[str]) -> FeatureMatrix:
+    """Read feature files to one matrix, rows sorted by index. Raises UserError as ``open_features``."""
+    table = open_features(run, names)
+    assert isinstance(table.values, StoredTaps)
+    return replace(table, values=table.values.read_taps(range(len(table.layout.taps))))
 
 
 def _row_groups(

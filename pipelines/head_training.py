@@ -3,7 +3,7 @@
 import json
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,15 +16,17 @@ from h2t.costs import fitting_flops, shared_training
 from h2t.device import default_device, processor
 from h2t.errors import UserError
 from h2t.head2toe import Head, fit
+from h2t.heads.tap_kernels import MIXTURE_ROWS
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
-from pipelines.artifacts import HeadToTrain, features, identified_backbone
+from pipelines.artifacts import HeadToTrain, features, grams, identified_backbone
 from pipelines.cluster import RESERVED_FROM, reserved_memory, slots, trial_resources
 from pipelines.feature_cache import cached_features, feature_cache
-from pipelines.feature_files import FeatureMatrix, read_features
+from pipelines.feature_files import FeatureMatrix, open_features, read_features
+from pipelines.gram_files import open_grams
 from pipelines.model_files import read_head
 from pipelines.packing import pieces
-from pipelines.products import RowFiles
+from pipelines.products import Files, RowFiles
 from pipelines.run_directory import RunDirectory
 from pipelines.scope import EVERYTHING, Scope
 from pipelines.session import Advance, Session
@@ -53,10 +55,12 @@ def fit_heads(
     fold: int | None = None,
     scope: Scope = EVERYTHING,
     kept: Mapping[int, np.ndarray] | None = None,
+    products: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[Head]:
     """Train heads on a task's features: on all rows of the scope, or on the training rows of a fold.
 
-    ``kept``: seed -> the features to train on, in place of those that the points' rules would keep.
+    ``kept``: seed -> the features to train on, in place of those that the points' rules would keep;
+    ``products``: from a tap to those of its features with each other, if they are known.
     """
     config = task.config
     shots = scope.shots
@@ -70,6 +74,7 @@ def fit_heads(
         rows=rows,
         taps=scope.taps,
         kept=kept,
+        products=products,
         shuffle=shuffle_of(task, fold),
         n_classes=task.n_classes,
         embedding=matrix.embedding,
@@ -97,6 +102,15 @@ def training_memory(
     return copy + min(heads, int(config.resources.memory_per_trial_gb * 2**30)) + PROCESS_BYTES
 
 
+def solving_memory(session: Session, task: str, target_size: int) -> int:
+    """Bytes that solving for tap kernels takes: the kernels, the features of a tap and the weights of all."""
+    data, layout = session.tasks[task], session.layouts[target_size]
+    n_rows = len(data.labels[data.fold_split])
+    kernels = 4 * len(layout.taps) * min(n_rows, MIXTURE_ROWS) ** 2
+    square, block = 8 * n_rows**2, 4 * n_rows * max(layout.widths)
+    return kernels + 6 * square + 4 * block + 2 * 4 * layout.n_features * data.n_classes + PROCESS_BYTES
+
+
 def training_flops(
     session: Session, task: str, points: Sequence[Hyperparameters], n_images: int | None = None
 ) -> int:
@@ -118,13 +132,14 @@ def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advan
     # The logical CPUs of a cluster that was started here are more than its cores.
     cpus = max(resources["cpu"], cluster.cpus / cluster.cores if cluster.local else 0)
     tables: dict[tuple[str, int], RowFiles] = {}
-    groups: dict[tuple[str, int], dict[Any, list[HeadToTrain]]] = {}
+    groups: dict[tuple[str, int, bool], dict[Any, list[HeadToTrain]]] = {}
     for job in missing:
-        key = job.task, job.point.target_size
-        if key not in tables:
-            tables[key] = features(session.tasks[job.task], "train", key[1])
-        shared = shared_training(job.point), job.seed, job.scope
-        groups.setdefault(key, {}).setdefault(shared, []).append(job)
+        key = job.task, job.point.target_size, job.reads_by_tap
+        if key[:2] not in tables:
+            tables[key[:2]] = features(session.tasks[job.task], "train", key[1])
+        # One that is solved for is the same for every seed.
+        seed = None if key[2] else job.seed
+        groups.setdefault(key, {}).setdefault((shared_training(job.point), seed, job.scope), []).append(job)
     for table in tables.values():
         table.names(run)  # raises where some are not there
     parts = pieces(
@@ -135,23 +150,29 @@ def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advan
         least=LEAST_FLOPS,
     )
     # A matrix that is small is read faster than it is shared: that takes processes of its own.
-    large = max((session.matrix_bytes[size] for _, size in tables), default=0) >= RESERVED_FROM
-    with feature_cache(session, tables) if large else nullcontext() as cache:
+    matrices = {key[:2]: tables[key[:2]] for key in groups if not key[2]}
+    large = max((session.matrix_bytes[size] for _, size in matrices), default=0) >= RESERVED_FROM
+    with feature_cache(session, matrices) if large else nullcontext() as cache:
         pending = {}
         for part in parts:
             jobs = [job for members in part for job in members]
             task, points = session.tasks[jobs[0].task], list({job.point for job in jobs})
             n_seeds = len({job.seed for job in jobs})
-            wanted = max(
-                training_memory(session, task.name, points, scope, n_seeds)
-                for scope in {job.scope for job in jobs}
-            )
-            what = f"{task.name}: training heads at target size {points[0].target_size}"
+            size, product = points[0].target_size, None
+            if jobs[0].reads_by_tap:
+                wanted = solving_memory(session, task.name, size)
+                product = grams(task, "train", size, session.layouts[size])
+            else:
+                wanted = max(
+                    training_memory(session, task.name, points, scope, n_seeds)
+                    for scope in {job.scope for job in jobs}
+                )
+            what = f"{task.name}: training heads at target size {size}"
             train = train_together.options(
                 num_cpus=cpus, num_gpus=resources["gpu"], memory=reserved_memory(cluster, wanted, what)
             )
-            table = tables[task.name, points[0].target_size]
-            pending[train.remote(task, jobs, table, cache, run)] = jobs
+            table = tables[task.name, size]
+            pending[train.remote(task, jobs, table, product, cache, run)] = jobs
         while pending:
             (finished,), _ = ray.wait(list(pending), num_returns=1)
             raise_user_error([_outcome(finished, pending[finished][0].task)])
@@ -176,13 +197,18 @@ def train_together(
     task: TaskData,
     jobs: Sequence[HeadToTrain],
     table: RowFiles,
+    product: Files | None,
     cache: ray.actor.ActorHandle | None,
     run: RunDirectory,
 ) -> str:
     """Train heads on the same features and save them; the text of a user's mistake, if there is one."""
 
     def train() -> None:
-        if cache:
+        products = None
+        if product:
+            matrix = open_features(run, table.names(run))
+            products = open_grams(run, product, matrix.layout).read
+        elif cache:
             matrix = cached_features(cache, task.name, jobs[0].point.target_size)
         else:
             matrix = read_features(run, table.names(run))
@@ -190,13 +216,17 @@ def train_together(
         for job in jobs:
             by_scope.setdefault(job.scope, []).append(job)
         for members in by_scope.values():
-            _train_scope(task, members, matrix, run)
+            _train_scope(task, members, matrix, run, products)
 
     return user_error_of(train)
 
 
 def _train_scope(
-    task: TaskData, jobs: Sequence[HeadToTrain], matrix: FeatureMatrix, run: RunDirectory
+    task: TaskData,
+    jobs: Sequence[HeadToTrain],
+    matrix: FeatureMatrix,
+    run: RunDirectory,
+    products: Callable[[int], np.ndarray] | None,
 ) -> None:
     """Train and save heads on the same part of the features; some are wanted in several files."""
     files: dict[tuple[Hyperparameters, int], list[str]] = {}
@@ -205,17 +235,22 @@ def _train_scope(
     points, seeds = (list(dict.fromkeys(values)) for values in zip(*files, strict=True))
     kept = {job.seed: read_head(run, job.kept)[0].kept for job in jobs if job.kept}
     started = time.perf_counter()
-    trained = list(fit_heads(task, matrix, points, seeds, scope=jobs[0].scope, kept=kept))
+    trained = list(fit_heads(task, matrix, points, seeds, scope=jobs[0].scope, kept=kept, products=products))
     seconds = (time.perf_counter() - started) / len(trained)
-    source, _ = task.sources["train"]
     for head in trained:
         for name in files.get((head.hyperparameters, head.seed), []):
-            provenance = {
-                "backbone": json.dumps(identified_backbone(task.config)),
-                "task": task.name,
-                "train_seconds": f"{seconds:.3f}",
-                "peak_memory_bytes": str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
-                **{name: str(value) for name, value in training_machine().items()},
-            }
-            with run.writing(name) as sink:
-                save_head(head, sink, provenance=provenance, classes=source.class_names() or task.n_classes)
+            write_head(task, head, name, run, seconds)
+
+
+def write_head(task: TaskData, head: Head, name: str, run: RunDirectory, seconds: float) -> None:
+    """Save a head that took so many seconds, with where it comes from."""
+    source, _ = task.sources["train"]
+    provenance = {
+        "backbone": json.dumps(identified_backbone(task.config)),
+        "task": task.name,
+        "train_seconds": f"{seconds:.3f}",
+        "peak_memory_bytes": str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+        **{name: str(value) for name, value in training_machine().items()},
+    }
+    with run.writing(name) as sink:
+        save_head(head, sink, provenance=provenance, classes=source.class_names() or task.n_classes)

@@ -2,11 +2,12 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-SECONDS_TO_END = 6.0  # of the ten that an end may take in all: on a busy machine it begins late
+SECONDS_TO_END = 8.0  # from the signal on; of the ten that an end may take, which begins late where busy
 
 
 class Stopped(BaseException):
@@ -59,13 +60,38 @@ def reinstall() -> None:
 
 
 def _stop(number: int, frame: Any) -> None:
-    raise Stopped(number)
+    stopped = Stopped(number)
+    end_soon(stopped)
+    raise stopped
 
 
-def end_soon(exit_code: int) -> None:
-    """Ignore further signals, and end this process even if the libraries' own ends hang."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    timer = threading.Timer(SECONDS_TO_END, os._exit, [exit_code])
+_ending = threading.Event()  # once a timer runs
+_said = threading.Lock()  # held once the line is on the screen
+
+
+def end_soon(stopped: Stopped) -> None:
+    """End this process in a while even if the work, or a library's own end, hangs meanwhile."""
+    if _ending.is_set():
+        return
+    _ending.set()
+    timer = threading.Timer(SECONDS_TO_END, _end, [stopped])
     timer.daemon = True
     timer.start()
+
+
+def _end(stopped: Stopped) -> None:
+    say(stopped)
+    os._exit(stopped.exit_code)
+
+
+def say(stopped: Stopped) -> None:
+    """The line that a stopped command ends with, once."""
+    if _said.acquire(blocking=False):
+        sys.stderr.write(f"stopped by {stopped.name}; what was done is kept: the same command goes on\n")
+        sys.stderr.flush()
+
+
+def ignore_signals() -> None:
+    """Let further signals pass: the end has begun."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -100,9 +100,22 @@ class _Facts:
 
     @property
     def feature_bytes(self) -> int:
-        """Of all features that are stored."""
+        """Of all features that are stored, and of the products that tap kernels begin with."""
+        return self._features_alone + self._products
+
+    @property
+    def _features_alone(self) -> int:
+        if self.config.features.store == "gram":
+            return 0
         number = BYTES[self.config.features.precision]
         return number * self.n_stored * sum(layout.n_features for layout in self.layouts.values())
+
+    @property
+    def _products(self) -> int:
+        if not any(METHODS[name].by_tap for name in self.methods):
+            return 0
+        pairs = sum(len(task.labels[split]) ** 2 for task in self.tasks for split in task.stored_splits)
+        return 4 * pairs * sum(len(layout.taps) for layout in self.layouts.values())
 
     def fitting(self, task: TaskData, points: Sequence[Hyperparameters], share: float = 1.0) -> int:
         """Operations of training points on a share of a task's images."""

@@ -13,7 +13,7 @@ from h2t.costs import BackboneCost, HeadSize, storage_bytes, training_flops
 from h2t.head2toe import Head
 from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS
-from h2t.metrics import Scores, correct, quality, scores
+from h2t.metrics import Scores, accuracy, correct, cross_entropy, quality, scores
 from pipelines.artifacts import backbone_folder, features_key, task_columns
 from pipelines.schemas import PREDICTIONS
 from pipelines.task_data import TaskData
@@ -40,6 +40,18 @@ class Outcome:
     diverged_at: int = 0
     scoring_steps: int | None = None
     batch_size: int = 128
+
+
+def validation_columns(
+    logits: np.ndarray, labels: np.ndarray, n_kept: int, train_loss: float
+) -> dict[str, Any]:
+    """Columns of ``schemas.TRIALS`` that say how well a head did on the validation rows."""
+    return {
+        "validation_accuracy": accuracy(labels, logits.argmax(1)),
+        "validation_loss": cross_entropy(logits, labels),
+        "n_kept": n_kept,
+        "train_loss": train_loss,
+    }
 
 
 def result_row(

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from h2t.methods import METHODS
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -17,3 +19,8 @@ class Scope:
 
 
 EVERYTHING = Scope()
+
+
+def reads_by_tap(method: str, scope: Scope) -> bool:
+    """Whether a head reads features tap by tap, beginning with their products, which are of all features."""
+    return METHODS[method].by_tap and scope.taps is None and scope.kept_on is None

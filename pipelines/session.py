@@ -11,6 +11,7 @@ from rich.console import Console
 from h2t.backbones.loading import Backbone
 from h2t.device import STRICT
 from h2t.features import FeatureLayout
+from h2t.methods import METHODS
 from h2t.precision import BYTES
 from pipelines.backbone import layouts, load
 from pipelines.cluster import Cluster
@@ -89,7 +90,13 @@ class Session:
 
     @cached_property
     def matrix_bytes(self) -> Mapping[int, int]:
-        """Bytes of the largest task's matrix of features that are trained on, by target size."""
+        """Bytes of the largest task's matrix of features that are trained on, by target size.
+
+        Methods that read features tap by tap need none.
+        """
+        frozen = [name for name in self.config.methods if not METHODS[name].trains_backbone]
+        if all(METHODS[name].by_tap for name in frozen) and not self.config.studies:
+            return dict.fromkeys(self.layouts, 0)
         number = BYTES[self.config.features.precision]
         n_rows = max(len(task.labels[split]) for task in self.tasks.values() for split in task.stored_splits)
         return {size: number * n_rows * layout.n_features for size, layout in self.layouts.items()}

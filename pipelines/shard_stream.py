@@ -424,6 +424,36 @@ def decoded_images(batch: pa.Table) -> tuple[list[np.ndarray], np.ndarray]:
     return images, np.asarray(batch["index"][0].as_py(), np.int32)
 
 
+class ImageReader:
+    """A backbone on one device whose taps are read some at a time; state of an actor."""
+
+    def __init__(self, config: Config) -> None:
+        torch.set_num_threads(config.resources.cpus_per_actor)
+        self.config, self.device = config, default_device()
+        self.backbone = load(config.backbone, self.device)
+        self.preprocessing = preprocessing_of(config.backbone)
+
+    def read(
+        self, images: list[np.ndarray], taps: Sequence[int], target_sizes: Sequence[int], seen: Seen
+    ) -> Iterator[tuple[slice, dict[tuple[int, int], torch.Tensor]]]:
+        """Of each batch of images its rows, and by target size and tap the features float32 [b, width].
+
+        ``seen`` is told of each batch.
+        """
+        part = self.backbone.only([self.backbone.taps[tap].name for tap in taps])
+        at_once = self.config.resources.images_per_forward
+        with TapReader(part, target_sizes, self.config.backbone.aggregation) as reader:
+            for start in range(0, len(images), at_once):
+                chunk = images[start : start + at_once]
+                pooled = reader(to_batch(chunk, self.preprocessing, self.device))
+                yield (
+                    slice(start, start + len(chunk)),
+                    {(size, tap): value for size, values in pooled.items()
+                     for tap, value in zip(taps, values, strict=True)},
+                )  # fmt: skip
+                seen(len(chunk))
+
+
 class FeatureReader:
     """A backbone with its hooks on one device; state of an actor."""
 

@@ -15,14 +15,14 @@ from h2t.heads.solution import ABSENT, Problem, Solution
 from h2t.heads.tap_kernels import tap_kernels
 
 Solver = Callable[[Problem, Sequence[float]], Iterator[Solution]]
-"""From a problem and coefficients to a solution for each coefficient, in their order."""
+"""From a problem and ascending coefficients to a solution for each."""
 
 RIDGE_COEFFICIENTS = tuple(10.0**power for power in range(-6, 6))
 
 
 def prototypes(problem: Problem, coefficients: Sequence[float]) -> Iterator[Solution]:
     """Nearest class mean: the class whose mean of the features is the nearest (Euclidean)."""
-    features, labels, n_classes, _ = problem
+    features, labels, n_classes = problem.features, problem.labels, problem.n_classes
     weight = np.zeros((features.shape[1], n_classes), np.float32)
     bias = np.full(n_classes, ABSENT, np.float32)
     for label in np.unique(labels):
@@ -39,8 +39,8 @@ def ridge(problem: Problem, coefficients: Sequence[float]) -> Iterator[Solution]
     """
     from sklearn.linear_model import RidgeCV
 
-    features, labels, n_classes, _ = problem
-    rotated, axes = _rotated(features)
+    labels, n_classes = problem.labels, problem.n_classes
+    rotated, axes = _rotated(problem.features)
     targets = np.eye(n_classes)[labels]
     model = RidgeCV(alphas=RIDGE_COEFFICIENTS).fit(rotated, targets)
     present = np.isin(np.arange(n_classes), labels)
@@ -56,8 +56,8 @@ def logistic(problem: Problem, coefficients: Sequence[float]) -> Iterator[Soluti
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    features, labels, n_classes, _ = problem
-    rotated, axes = _rotated(features)
+    labels, n_classes = problem.labels, problem.n_classes
+    rotated, axes = _rotated(problem.features)
     classes = np.unique(labels)
     present = np.isin(np.arange(n_classes), classes)
     for coefficient in coefficients:
@@ -78,7 +78,7 @@ def nearest_neighbours(problem: Problem, coefficients: Sequence[float]) -> Itera
 
     Rows have unit norm per tap, so that one factor makes cosines of the products.
     """
-    features, labels, n_classes, _ = problem
+    features, labels, n_classes = problem.features, problem.labels, problem.n_classes
     norms = np.linalg.norm(features, axis=1)
     scale = norms * norms.max(initial=0.0)
     weight = np.ascontiguousarray((features / np.where(scale > 0, scale, 1.0)[:, None]).T, np.float32)
@@ -92,7 +92,7 @@ SOLVERS: dict[str, Solver] = {
     "ridge": ridge,
     "logistic": logistic,
     "knn": nearest_neighbours,
-    "tap_mixture": tap_kernels,
+    "tap_kernels": tap_kernels,
 }
 
 

@@ -55,9 +55,10 @@ Trends in Machine Learning 4:1). Nunez-Elizalde, Huth, Gallant 2019 (NeuroImage 
 al. 2022 (NeuroImage 264:119728).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ from scipy.optimize import minimize
 from scipy.special import softmax
 from torch import Tensor
 
+from h2t.errors import UserError
 from h2t.features import FeatureLayout
 from h2t.heads.kernel_logistic import held_out_losses, kernel_logistic
 from h2t.heads.solution import Problem, Solution
@@ -83,6 +85,10 @@ FLOOR = 1e-4  # a share of the squares of a feature that its variance has at lea
 LARGEST_LOG = 12.0  # of a weight beside the others'
 LOG_RIDGE = (-7.0, 7.0)  # of l beside a mean diagonal of 1; below, rounding of float32 kernels shows
 LOG_SCALE = (-2.0, 5.0)
+MOST_ROWS = 10_000
+"""Training images that a head is solved for: its matrices take 8 n^2 bytes, its time grows with n^3."""
+MIXTURE_ROWS = 2000
+"""Training images, evenly spread, that choose the taps' weights and the penalty where there are more."""
 
 
 @dataclass(frozen=True)
@@ -99,65 +105,196 @@ class TapMixture:
     accuracy: float
 
 
-def tap_kernels(problem: Problem, coefficients: Sequence[float]) -> Iterator[Solution]:
-    """The head of a learned mixture of the taps; a coefficient is how often it is reweighted by feature."""
-    kernels, diagonals = tap_grams(problem.features, problem.layout)
+class KernelHead(NamedTuple):
+    """A head by its dual weights, which needs no feature but only products of features.
+
+    ``factors`` float64 [n_taps]: w_t / d_t; ``kernel`` float64 [n, n]: K, centred; ``penalty`` of the
+    logistic regression; ``dual`` float64 [n, n_classes], whose columns add up to 0; ``bias`` float64
+    [n_classes].
+    """
+
+    factors: np.ndarray
+    kernel: np.ndarray
+    penalty: float
+    dual: np.ndarray
+    bias: np.ndarray
+
+    @property
+    def outputs(self) -> np.ndarray:
+        """For the training images, float64 [n, n_classes]."""
+        return self.kernel @ self.dual + self.bias
+
+
+def kernel_head(problem: Problem) -> KernelHead:
+    """The head of a learned mixture of the taps. Raises UserError for more than ``MOST_ROWS`` rows."""
+    n_rows = len(problem.labels)
+    if n_rows > MOST_ROWS:
+        raise UserError(
+            f"tap kernels: {n_rows} training images; expected at most {MOST_ROWS}, since the products of all "
+            "pairs are solved for (head2toe has no such limit)"
+        )
     targets = _one_hot(problem)
-    weights = learn_mixture(kernels, torch.from_numpy(targets)).weights
-    kernel = _mixed(kernels, torch.from_numpy(weights)).numpy()
+    some = np.linspace(0, n_rows - 1, min(n_rows, MIXTURE_ROWS)).round().astype(int)
+    kernels, diagonals = tap_grams(problem, some if len(some) < n_rows else None)
+    weights = learn_mixture(kernels, torch.from_numpy(targets[some])).weights
+    factors, kernel = weights / diagonals, _mixed(kernels, torch.from_numpy(weights)).numpy()
     del kernels
-    penalty = PENALTIES[int(held_out_losses(kernel, targets, PENALTIES).argmin())]
-    roots = np.sqrt(np.repeat(weights / diagonals, problem.layout.widths)).astype(np.float32)
-    on_kept = partial(reweighted, penalty=penalty)
-    centred, variances = _centred(problem.features)
-    rounds = [_solved(problem, np.multiply(centred, roots, out=centred), roots, kernel, penalty)]
-    del centred
-    for coefficient in coefficients:
-        while len(rounds) <= int(coefficient):
-            rounds.append(on_kept(problem, contributions(rounds[-1].weight, variances)))
-        yield rounds[int(coefficient)]._replace(on_kept=on_kept)
+    penalty = PENALTIES[int(held_out_losses(kernel, targets[some], PENALTIES).argmin())]
+    if len(some) < n_rows:
+        kernel = np.zeros((n_rows, n_rows))
+        for tap, factor in enumerate(factors):
+            kernel += factor * tap_products(problem, tap)
+    ((dual, bias),) = kernel_logistic(kernel, targets, [penalty])
+    return KernelHead(factors, kernel, penalty, dual, bias)
 
 
-def contributions(weight: np.ndarray, variances: np.ndarray) -> np.ndarray:
-    """Of each feature, float [n_features]: the norm of its weights times its standard deviation."""
-    return np.sqrt(np.einsum("fc,fc->f", weight, weight) * variances)
+def tap_kernels(problem: Problem, coefficients: Sequence[float]) -> Iterator[Solution]:
+    """The head of a learned mixture of the taps; a coefficient is how often it is reweighted by feature.
+
+    ``coefficients`` ascending. Features are read tap by tap, once for each round and once more; those of one
+    tap are in memory at a time. Raises UserError for more than ``MOST_ROWS`` rows.
+    """
+    head, n_rounds = kernel_head(problem), int(max(coefficients, default=0))
+    kernel, penalty = head.kernel, head.penalty
+    roots = np.sqrt(np.repeat(head.factors, problem.layout.widths))
+    for number in range(n_rounds + 1):
+        following = _WeighedKernel(problem) if number < n_rounds else None
+        solution = _solved(problem, kernel, roots, penalty, following)
+        for coefficient in coefficients:
+            if int(coefficient) == number:
+                yield solution._replace(on_kept=partial(reweighted, penalty=penalty))
+        if following:
+            kernel, roots = following.scaled()
 
 
 def reweighted(problem: Problem, contributions: np.ndarray, penalty: float) -> Solution:
-    """The head where a feature of variance 1 has its contribution for the prior variance of its weights.
+    """The head where a feature of variance 1 has its contribution for the prior variance of its weights."""
+    weighed = _WeighedKernel(problem)
+    for columns in problem.layout.slices:
+        weighed.add(_centred(problem, columns), contributions[columns])
+    return _solved(problem, *weighed.scaled(), penalty)
+
+
+def held_out_outputs(
+    head: KernelHead, products: Callable[[int], np.ndarray], rows: np.ndarray, held: np.ndarray
+) -> np.ndarray:
+    """Outputs float32 [m, n_classes] of images by their products with the training images alone.
+
+    ``products``: from a tap to those [n, n] of all images; ``rows`` of the training images, ``held`` int [m].
+    """
+    outputs = np.tile(head.bias, (len(held), 1))
+    for tap, factor in enumerate(head.factors):
+        known = products(tap)
+        means = known[np.ix_(rows, rows)].mean(0, dtype=np.float64)
+        outputs += factor * ((known[np.ix_(held, rows)] - means) @ head.dual)
+    return outputs.astype(np.float32)
+
+
+class StreamedWeights:
+    """The weights of heads by features that come in batches, of which none is kept.
+
+    The columns of dual weights add up to 0, so that features need not be less their means.
+    """
+
+    def __init__(self, head: KernelHead, layout: FeatureLayout) -> None:
+        self.head, self.layout = head, layout
+        self.weight = np.zeros((layout.n_features, head.dual.shape[1]))
+        self.means = np.zeros(layout.n_features)
+
+    def add(self, tap: int, rows: slice, features: np.ndarray) -> None:
+        """Add features float32 [b, width] of a tap, of unit norm; ``rows``: which of the head's they are."""
+        columns = self.layout.slices[tap]
+        self.weight[columns] += features.T @ self.head.dual[rows].astype(np.float32)
+        self.means[columns] += features.sum(0, dtype=np.float64) / len(self.head.dual)
+
+    def solution(self) -> Solution:
+        """The head, once all features were added."""
+        weight = self.weight * np.repeat(self.head.factors, self.layout.widths)[:, None]
+        bias = self.head.bias - self.means @ weight
+        return Solution(weight.astype(np.float32), bias.astype(np.float32))
+
+
+class _Centred(NamedTuple):
+    """Features less their means, float32 [n, n_columns], and of each its mean and its variance, float64.
+
+    A variance is 0 where there is rounding alone.
+    """
+
+    rows: Tensor
+    means: Tensor
+    variances: Tensor
+
+
+def _centred(problem: Problem, columns: slice) -> _Centred:
+    rows = torch.from_numpy(problem.read(columns)).to(problem.device)
+    means = rows.mean(0, dtype=torch.float64)
+    rows -= means.float()
+    variances = torch.linalg.vector_norm(rows, dim=0).double().square() / len(rows)
+    return _Centred(rows, means, variances * (variances > CONSTANT * means**2))
+
+
+class _WeighedKernel:
+    """A kernel of features of variance 1 times the root of their contributions, added up tap by tap.
 
     A feature that varies by less than a hundredth of its size counts as if it varied by that much: weights
     that would be larger than others by orders of magnitude would bring rounding into the outputs.
     """
-    rows, variances = _centred(problem.features)
-    floors = FLOOR * (variances + np.square(problem.features.mean(0)))
-    factors = contributions / np.maximum(variances, np.where(floors > 0, floors, 1.0))
-    factors = np.where(variances > 0, factors, 0.0)
-    factors /= max(float(factors @ variances), np.finfo(np.float32).tiny)
-    roots = np.sqrt(factors).astype(np.float32)
-    rows *= roots
-    return _solved(problem, rows, roots, (rows @ rows.T).astype(np.float64), penalty)
 
+    def __init__(self, problem: Problem) -> None:
+        n_rows = len(problem.labels)
+        self.kernel = torch.zeros(n_rows, n_rows, dtype=torch.float64, device=problem.device)
+        self.roots: list[Tensor] = []
+        self.diagonal = 0.0
 
-def _centred(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features less their means, and variances float64 [n_features], 0 where there is rounding alone."""
-    means = features.mean(0)
-    rows = features - means
-    variances = np.einsum("ij,ij->j", rows, rows) / np.float64(len(rows))
-    return rows, np.where(variances > CONSTANT * means**2, variances, 0.0)
+    def add(self, features: _Centred, contributions: np.ndarray) -> None:
+        """Add the features of a tap; ``contributions`` float64 [n_columns]."""
+        rows, means, variances = features
+        floors = FLOOR * (variances + means**2)
+        counted = torch.maximum(variances, torch.where(floors > 0, floors, 1.0))
+        factors = torch.from_numpy(contributions).to(rows.device) / counted * (variances > 0)
+        self.diagonal += float(factors @ variances)
+        self.roots.append(factors.sqrt())
+        weighed = rows * self.roots[-1].float()
+        self.kernel += weighed @ weighed.T
+
+    def scaled(self) -> tuple[np.ndarray, np.ndarray]:
+        """The kernel, float64 [n, n], for a mean diagonal of 1, and what each feature is multiplied by."""
+        scale = 1 / max(self.diagonal, float(np.finfo(np.float32).tiny))
+        return (self.kernel * scale).cpu().numpy(), torch.cat(self.roots).cpu().numpy() * np.sqrt(scale)
 
 
 def _solved(
-    problem: Problem, rows: np.ndarray, roots: np.ndarray, kernel: np.ndarray, penalty: float
+    problem: Problem,
+    kernel: np.ndarray,
+    roots: np.ndarray,
+    penalty: float,
+    following: _WeighedKernel | None = None,
 ) -> Solution:
-    """Logistic regression on the products of ``rows``: features less their means, times ``roots``.
+    """Logistic regression on features times ``roots``, whose products less their means are ``kernel``.
 
-    The weights come from these and not from the features, whose means would cancel at a loss of digits.
+    The weights come from features less their means: these would cancel at a loss of digits. ``following`` is
+    given the features with what each contributes.
     """
     ((dual, bias),) = kernel_logistic(kernel, _one_hot(problem), [penalty])
-    weight = rows.T @ dual.astype(np.float32) * roots[:, None]
-    bias = bias - problem.features.mean(0, dtype=np.float64) @ weight
-    return Solution(weight, bias.astype(np.float32))
+    weight = np.empty((problem.layout.n_features, problem.n_classes), np.float32)
+    contributions, outputs = np.empty(len(weight)), kernel @ dual + bias
+    narrow = torch.from_numpy(dual.astype(np.float32)).to(problem.device)
+    for columns in problem.layout.slices:
+        features = _centred(problem, columns)
+        factors = torch.from_numpy(np.square(roots[columns, None])).to(problem.device)
+        part = features.rows.T @ narrow * factors.float()
+        sizes = torch.linalg.vector_norm(part.double(), dim=1)
+        contributions[columns] = (sizes * features.variances.sqrt()).cpu().numpy()
+        bias = bias - (features.means @ part.double()).cpu().numpy()
+        weight[columns] = part.cpu().numpy()
+        if following:
+            following.add(features, contributions[columns])
+    return Solution(
+        weight,
+        bias.astype(np.float32),
+        contributions=contributions,
+        outputs=outputs.astype(np.float32),
+    )
 
 
 def _one_hot(problem: Problem) -> np.ndarray:
@@ -165,21 +302,34 @@ def _one_hot(problem: Problem) -> np.ndarray:
     return np.eye(problem.n_classes)[problem.labels]
 
 
-def tap_grams(features: np.ndarray, layout: FeatureLayout) -> tuple[Tensor, np.ndarray]:
+def tap_products(problem: Problem, tap: int) -> np.ndarray:
+    """X_t X_t', float32 [n, n], of features less their means: as they are known, or from the features."""
+    if problem.products:
+        return problem.products(tap)
+    rows, _, _ = _centred(problem, problem.layout.slices[tap])
+    return (rows @ rows.T).cpu().numpy()
+
+
+def of_rows(products: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Products float32 [m, m] of some rows less *their* mean, from those [n, n] of all less theirs."""
+    inside = products[np.ix_(rows, rows)]
+    means = inside.mean(0, dtype=np.float64)
+    return (inside - means - means[:, None] + means.mean()).astype(np.float32)
+
+
+def tap_grams(problem: Problem, some: np.ndarray | None = None) -> tuple[Tensor, np.ndarray]:
     """The centred kernel of each tap over its mean diagonal, float32 [n_taps, n, n], and these diagonals.
 
     A tap whose features are the same for all images has a kernel of zeros, and an infinite diagonal.
+    ``some``: the rows of which they are wanted.
     """
-    n_rows = len(features)
-    kernels = torch.empty(len(layout.taps), n_rows, n_rows)
-    diagonals = np.full(len(layout.taps), np.inf)
-    for tap, columns in enumerate(layout.slices):
-        rows = torch.from_numpy(np.ascontiguousarray(features[:, columns]))
-        rounding = CONSTANT * float(rows.double().square().sum()) / n_rows
-        rows = rows - rows.mean(0)
-        kernel = torch.mm(rows, rows.T, out=kernels[tap])
+    n_taps, n_rows = len(problem.layout.taps), len(problem.labels if some is None else some)
+    kernels, diagonals = torch.empty(n_taps, n_rows, n_rows), np.full(n_taps, np.inf)
+    for tap, kernel in enumerate(kernels):
+        products = tap_products(problem, tap)
+        kernel.copy_(torch.from_numpy(products if some is None else of_rows(products, some)))
         mean = float(kernel.diagonal().double().mean())
-        if mean > rounding:
+        if mean > CONSTANT:
             diagonals[tap] = mean
             kernel.div_(mean)
         else:

@@ -3,8 +3,9 @@
     python -m tests.benchmarks.memory [--images 1000 4000] [--side 64]
     python -m tests.benchmarks.memory --images 30 60 --side 3500
     python -m tests.benchmarks.memory --target-size 24576 --precision float32 float16
+    python -m tests.benchmarks.memory --target-size 24576 --methods tap_kernels [--store gram]
 
-The first two extract made-up images, and the peak must not grow. The last runs extraction, cross-validation
+The first two extract made-up images, and the peak must not grow. The others run extraction, cross-validation
 and evaluation of two real tasks at the paper's largest target size. Proportional memory of all processes of
 the command line, Ray's included, is read several times a second.
 """
@@ -72,12 +73,15 @@ class Peaks:
         return time.monotonic() - started
 
 
-def full_run(target_size: int, precision: str, scratch: Path) -> tuple[Peaks, float]:
+def full_run(
+    target_size: int, methods: Sequence[str], store: str, precision: str, scratch: Path
+) -> tuple[Peaks, float]:
     """Peaks and seconds of a run of two tasks whose features are as wide as the paper's."""
     overrides = [
         "tasks=[solar_cells, dsprites_loc]", "backbone.image_size=224", f"grid.target_size=[{target_size}]",
-        f"features.precision={precision}", "methods=[linear, head2toe]", "grid.learning_rate=[0.1]",
-        "grid.steps=[50]", "grid.keep_fraction=[0.005, 0.02]", "cross_validation.n_folds=2", "seeds=[0]",
+        f"features.precision={precision}", f"features.store={store}", f"methods=[{', '.join(methods)}]",
+        "grid.learning_rate=[0.1]", "grid.steps=[50]", "grid.keep_fraction=[0.005, 0.02]",
+        "cross_validation.n_folds=2", "seeds=[0]",
     ]  # fmt: skip
     command = [sys.executable, "-m", "pipelines", "run", "demo", "--run-dir", str(scratch / "run")]
     for override in overrides:
@@ -114,11 +118,15 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--target-size", type=int)
     parser.add_argument("--precision", nargs="+", default=["float32"])
+    parser.add_argument("--methods", nargs="+", default=["linear", "head2toe"])
+    parser.add_argument("--store", default="features", choices=["features", "gram"])
     arguments = parser.parse_args()
     table = Table("", "peak GB of all processes", "seconds", "the largest of each kind, GB")
     if arguments.target_size:
         cases = {
-            f"T = {arguments.target_size:,}, {precision}": partial(full_run, arguments.target_size, precision)
+            f"T = {arguments.target_size:,}, {precision}": partial(
+                full_run, arguments.target_size, arguments.methods, arguments.store, precision
+            )
             for precision in arguments.precision
         }
     else:

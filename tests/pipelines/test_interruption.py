@@ -69,3 +69,28 @@ def test_signals_end_a_run_in_one_line_and_it_goes_on(
     pd.testing.assert_frame_equal(result_rows(RunDirectory(str(folder))), result_rows(undisturbed))
     assert not list(folder.rglob(".tmp-*"))
     assert os.listdir(folder)
+
+
+def test_an_end_that_hangs_is_cut_short_with_the_line(tmp_path: Path) -> None:
+    program = """
+import time
+from pipelines import cli, interruption
+interruption.SECONDS_TO_END = 1.0
+def answer():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(60)
+cli._answer = answer
+cli.main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert errors == "stopped by SIGTERM; what was done is kept: the same command goes on\n"

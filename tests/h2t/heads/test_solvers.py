@@ -31,7 +31,9 @@ def example(n_rows: int = 60, n_features: int = 200, n_classes: int = 4) -> tupl
 def problem(features: np.ndarray, labels: np.ndarray, n_classes: int) -> Problem:
     """Of two taps."""
     width = features.shape[1] // 2
-    return Problem(features, labels, n_classes, FeatureLayout(("a", "b"), (width, features.shape[1] - width)))
+    return Problem.of(
+        features, labels, n_classes, FeatureLayout(("a", "b"), (width, features.shape[1] - width))
+    )
 
 
 @pytest.mark.parametrize("n_features", [20, 200])
@@ -81,7 +83,7 @@ def test_a_class_without_rows_is_never_predicted_and_company_changes_nothing(sol
     labels = np.where(labels == 2, 4, labels)
     (solution,) = SOLVERS[solver](problem(features, labels, 6), [2.0])
     assert solution.weight.dtype == solution.bias.dtype == np.float32
-    several = list(SOLVERS[solver](problem(features, labels, 6), [10.0, 2.0]))
+    several = list(SOLVERS[solver](problem(features, labels, 6), [1.0, 2.0]))
     np.testing.assert_array_equal(several[1].weight, solution.weight)
     outputs = features @ solution.weight + solution.bias
     if solution.neighbours:
@@ -100,7 +102,8 @@ def test_neighbours_vote_as_in_scikit_learn(n_taps: int, k: int) -> None:
         tuple("abc"[:n_taps]), (200 // n_taps,) * (n_taps - 1) + (200 - 200 // n_taps * (n_taps - 1),)
     )
     rows = unit_norm(features, layout)
-    ((weight, bias, neighbours, _),) = nearest_neighbours(problem(rows[:40], labels[:40], 5), [k])
+    (solution,) = nearest_neighbours(problem(rows[:40], labels[:40], 5), [k])
+    weight, bias, neighbours = solution[:3]
     assert neighbours is not None
     shares = np.exp(neighbours.logits(rows[40:] @ weight + bias))
     theirs = KNeighborsClassifier(
