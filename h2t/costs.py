@@ -127,7 +127,8 @@ def fitting_flops(
         on_embedding = method.features == "embedding"
         n_read = layout.widths[layout.taps.index(embedding)] if on_embedding else layout.n_features
         if method.solver:
-            total += 2 * n_images**2 * n_read
+            passes = 1 + max(int(point.coefficient) for point in members) if method.by_tap else 1
+            total += 2 * n_images**2 * n_read * passes
         elif method.scored:
             total += head_flops(n_read, n_classes, steps, batch)
         n_kept = sum(int(n_read * p.keep_fraction) for p in members if METHODS[p.method].features == "kept")
@@ -138,7 +139,8 @@ def fitting_flops(
 def shared_training(point: Hyperparameters) -> str:
     """What points have in common that share their training on all features, or on the embedding."""
     method = METHODS[point.method]
-    parts = (method.regularizer, point.target_size, point.learning_rate, point.steps, point.coefficient,
+    coefficient = None if method.by_tap else point.coefficient  # which is how far one solution goes on
+    parts = (method.regularizer, point.target_size, point.learning_rate, point.steps, coefficient,
              method.normalization, method.scored, method.solver, method.features == "embedding")  # fmt: skip
     return str(parts)
 

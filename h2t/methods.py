@@ -60,7 +60,7 @@ LOGISTIC = tuple(10.0**power for power in range(-5, 7))
 """Penalties of logistic regression: the inverses of 1e-6 to 1e5, which protocols of CLIP and DINO sweep."""
 NEIGHBOURS = (1.0, 5.0, 10.0, 20.0, 50.0)
 """Numbers of nearest neighbours."""
-ROUNDS = (0.0, 1.0, 2.0)
+ROUNDS = (0.0, 1.0, 2.0, 4.0, 8.0)
 """How often a mixture of tap kernels is reweighted by feature."""
 
 _kept = partial(Method, features="kept", regularizer="l21", coefficients="head2toe_coefficient")

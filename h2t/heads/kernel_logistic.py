@@ -23,13 +23,16 @@ from h2t.folds import folds
 from h2t.heads.solution import ABSENT
 
 STEPS, MEMORY = 300, 20
-TOLERANCE = 1e-9  # of the loss, relative
+TOLERANCE = 1e-8  # of the loss, relative
+TOLERANCE_TO_CHOOSE = 1e-6  # where losses of penalties are compared, which differ by far more
 
 Dual = tuple[np.ndarray, np.ndarray]
 """Dual weights float64 [n, n_classes], whose columns add up to 0, and biases float64 [n_classes]."""
 
 
-def kernel_logistic(kernel: np.ndarray, targets: np.ndarray, penalties: Sequence[float]) -> Iterator[Dual]:
+def kernel_logistic(
+    kernel: np.ndarray, targets: np.ndarray, penalties: Sequence[float], tolerance: float = TOLERANCE
+) -> Iterator[Dual]:
     """The head of each penalty, in their order, each from where the one before has ended.
 
     ``kernel`` float64 [n, n], centred; ``targets`` one-hot float64 [n, n_classes]. A class without rows has
@@ -43,7 +46,7 @@ def kernel_logistic(kernel: np.ndarray, targets: np.ndarray, penalties: Sequence
     shares = np.log(known.mean(0))
     rotated = np.zeros((len(lengths) + 1, known.shape[1]))
     for penalty in penalties:
-        rotated = _minimum(lengths, vectors, known, shares, penalty, rotated)
+        rotated = _minimum(lengths, vectors, known, shares, penalty, rotated, tolerance)
         dual, bias = np.zeros_like(targets), np.full(len(present), ABSENT)
         dual[:, present] = vectors @ (rotated[:-1] / lengths[:, None])
         bias[present] = shares + rotated[-1]
@@ -57,6 +60,7 @@ def _minimum(
     shares: np.ndarray,
     penalty: float,
     start: np.ndarray,
+    tolerance: float,
 ) -> np.ndarray:
     """V and, below it, the biases less ``shares``, float64 [rank + 1, n_classes]; so is ``start``."""
     n_rows, n_classes = targets.shape
@@ -71,7 +75,7 @@ def _minimum(
         gradient = inputs.T @ (np.exp(logs) - targets) + weighed * weights
         return float(loss) / n_rows, gradient.ravel() / n_rows
 
-    options = {"maxiter": STEPS, "maxcor": MEMORY, "ftol": TOLERANCE, "gtol": 0.0}
+    options = {"maxiter": STEPS, "maxcor": MEMORY, "ftol": tolerance, "gtol": 0.0}
     found = minimize(value, (start * root).ravel(), jac=True, method="L-BFGS-B", options=options)
     return found.x.reshape(-1, n_classes) / root
 
@@ -89,6 +93,7 @@ def held_out_losses(
         means = inside.mean(0)
         centred = inside - means - means[:, None] + means.mean()
         between = kernel[np.ix_(held, rows)] - means
-        for number, (dual, bias) in enumerate(kernel_logistic(centred, targets[rows], penalties)):
+        heads = kernel_logistic(centred, targets[rows], penalties, TOLERANCE_TO_CHOOSE)
+        for number, (dual, bias) in enumerate(heads):
             losses[number] -= (log_softmax(between @ dual + bias, axis=1) * targets[held]).sum()
     return losses / len(targets)

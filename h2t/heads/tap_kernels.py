@@ -46,6 +46,11 @@ often, of ROUNDS in ``h2t.methods``.
 **Kept features.** Those of the highest contributions, after a round of reweighting, with unit norm over
 what is kept; the head on these is reweighted by their contributions too.
 
+**Size.** Products of taps are known before the fit or computed first (2 n^2 operations a feature). After
+that, features are read tap by tap: a pass gives the weights, by the dual ones, and adds up the kernel of the
+next round. So those of one tap are in memory at a time, and the products of all: 4 n^2 bytes a tap. Of more
+than MIXTURE_ROWS training images, so many choose the weights of the taps and the penalty; K is of all.
+
 Everything is chosen on training images, and what is constant here was set on those of the demo's tasks.
 
 References: Allen 1974 (Technometrics 16:125). Golub, Heath, Wahba 1979 (Technometrics 21:215). Cristianini

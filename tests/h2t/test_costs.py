@@ -9,8 +9,19 @@ from h2t import costs, paper
 from h2t.backbones.loading import load_backbone
 from h2t.backbones.pair import load_section
 from h2t.backbones.tap_reader import TapReader
-from h2t.costs import BackboneCost, HeadSize, flops_up_to, measure_backbone, tap_depths, within_depth
+from h2t.costs import (
+    BackboneCost,
+    HeadSize,
+    fitting_flops,
+    flops_up_to,
+    measure_backbone,
+    shared_training,
+    tap_depths,
+    within_depth,
+)
 from h2t.errors import UserError
+from h2t.features import FeatureLayout
+from h2t.hyperparameters import Hyperparameters
 from h2t.methods import METHODS, check_depth
 
 TINY = BackboneCost(forward_flops=1000, parameters=50, embedding_width=8)
@@ -153,3 +164,12 @@ def test_depths_that_cannot_be_had_are_the_users() -> None:
     check_depth(1.0, ["linear"])
     with pytest.raises(UserError, match=r"max_depth 0\.5: knn, linear reads the embedding"):
         check_depth(0.5, ["knn", "head2toe", "linear"])
+
+
+def test_rounds_of_tap_kernels_are_one_solution_that_reads_the_features_once_more_for_each() -> None:
+    layout = FeatureLayout(("a", "b"), (300, 100))
+    points = [Hyperparameters(name, 512, 0.0, 0, rounds, fraction)
+              for name, rounds, fraction in (("tap_kernels", 0.0, 1.0), ("tap_kernels", 4.0, 1.0),
+                                             ("tap_kernels_kept", 1.0, 0.1))]  # fmt: skip
+    assert len(set(map(shared_training, points))) == 1
+    assert fitting_flops(points, layout, "b", 10, n_images=50) == 5 * 2 * 50**2 * 400

@@ -46,7 +46,7 @@ def copied(finished: RunDirectory, tmp_path: Path) -> RunDirectory:
 
 
 FOLDERS = ("features", "trials", "chosen", "heads", "predictions", "results", "kept", "manifests", "bad_rows",
-           "thumbnails", "status", "history", "tune", "superseded", "")  # fmt: skip
+           "thumbnails", "status", "history", "tune", "superseded", "grams", "")  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -88,13 +88,13 @@ def with_all_stages(images: Path, cluster: Cluster, tmp_path_factory: pytest.Tem
 def every_stage(images: Path) -> Config:
     return small_config(
         images, ("first",), seeds=[0],
-        methods=["linear", "head2toe", "scratch"], studies=["relevance-offset"],
+        methods=["linear", "head2toe", "tap_kernels", "scratch"], studies=["relevance-offset"],
         finetune={"learning_rate": [0.1], "steps": [2], "batch_size": 8, "folds": 2},
     )  # fmt: skip
 
 
 MADE = {
-    "extract": ["features", "manifests"], "sweep": ["trials/test_efficientnet/first/frozen"],
+    "extract": ["features", "grams", "manifests"], "sweep": ["trials/test_efficientnet/first/frozen"],
     "evaluate": [f"{kind}/test_efficientnet/first/frozen" for kind in ("heads", "predictions", "results")],
     "finetune": [f"{kind}/test_efficientnet/first/finetuned" for kind in ("heads", "predictions", "results")],
     "study": ["studies"],
