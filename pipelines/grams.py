@@ -129,7 +129,17 @@ def multiply_images(session: Session, missing: Sequence[TapToMultiply], advance:
         Shard(task, split, 0, units[0].n_rows, tuple((unit, unit.file) for unit in units))
         for (task, split, _), units in by_pass.items()
     ]
-    process_shards(session, shards, partial(ProductsWriter, session.run, session.config), advance)
+    make_step = partial(ProductsWriter, session.run, session.config)
+    memory = max((_held(session, shard) for shard in shards), default=0)
+    what = "multiplying features that are stored nowhere"
+    process_shards(session, shards, make_step, advance, reserved_memory(session.cluster, memory, what))
+
+
+def _held(session: Session, shard: Shard) -> int:
+    """Bytes that an actor takes: the features of the taps, a copy of the widest, two products, a process."""
+    widths = [session.layouts[unit.target_size].widths[unit.tap] for unit, _ in shard.files]
+    n_rows = len(shard.indices)
+    return 4 * n_rows * (sum(widths) + 2 * max(widths)) + 8 * n_rows**2 + PROCESS_BYTES
 
 
 def count_images(units: Sequence[TapToMultiply]) -> int:

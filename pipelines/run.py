@@ -9,6 +9,7 @@ from rich.console import Console
 
 from h2t.device import slow_in_bfloat16
 from h2t.errors import UserError
+from h2t.heads.tap_kernels import check_rows
 from h2t.methods import METHODS
 from pipelines import evaluate, extract, finetune, study, sweep
 from pipelines.config import Config
@@ -41,6 +42,9 @@ def run_stages(
         if task.left_out:
             first = task.left_out[0]
             console.print(f"{task.name}: {len(task.left_out)} files, such as {first.path}: {first.reason}")
+    if any(METHODS[name].by_tap for name in config.methods):
+        for task in session.tasks.values():
+            check_rows(len(task.labels["train"]))
     if address is None and "bfloat16" in precisions(config) and slow_in_bfloat16():
         console.print(
             "bfloat16 is about ten times slower than float32 on this processor, which has no AVX-512: "

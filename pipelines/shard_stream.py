@@ -75,9 +75,13 @@ def shards_for(session: Session, gaps: Sequence[Gap]) -> list[Shard]:
 
 
 def process_shards(
-    session: Session, shards: Sequence[Shard], make_step: Callable[[], ShardStep], advance: Advance
+    session: Session,
+    shards: Sequence[Shard],
+    make_step: Callable[[], ShardStep],
+    advance: Advance,
+    memory: int = 0,
 ) -> None:
-    """Take every shard through a step in the actors.
+    """Take every shard through a step in the actors; ``memory``: bytes that are set apart for each.
 
     Raises UserError when nothing moves, and one that lists the images that can't be read, where the recipe
     refuses those.
@@ -87,7 +91,7 @@ def process_shards(
     _ = session.cluster  # else the first actor would start a Ray of its own
     counter = ImageCounter.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     with CountedImages(counter, shards, advance) as counted:
-        rows = stream_shards(session, shards, make_step, counter)
+        rows = stream_shards(session, shards, make_step, counter, memory)
         for row in watched(rows, counted, session.config, partial(others_hold_devices, session)):
             if row["deadly"]:
                 deadly.append(row["deadly"])
@@ -253,6 +257,7 @@ def stream_shards(
     shards: Sequence[Shard],
     make_step: Callable[[], ShardStep],
     counter: ray.actor.ActorHandle | None = None,
+    memory: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each shard as it is done, in any order: task, split, n_images, bad, user_error."""
     config = session.config
@@ -279,7 +284,8 @@ def stream_shards(
             batch_size=1,
             batch_format="pyarrow",
             fn_constructor_kwargs={"shared": [shared], "make_step": make_step},
-            compute=actor_pool(session.cluster, config.resources, count, len(shards)),
+            compute=actor_pool(session.cluster, config.resources, count, len(shards), memory),
+            memory=memory or None,
             num_gpus=gpus or None,
             num_cpus=None if gpus else config.resources.cpus_per_actor,
         )
@@ -291,12 +297,16 @@ def stream_shards(
     yield from rows_done
 
 
-def actor_pool(cluster: Cluster, resources: Resources, count: int, n_units: int) -> ActorPoolStrategy:
-    """``count`` actors at once, or as many as there is work for.
+def actor_pool(
+    cluster: Cluster, resources: Resources, count: int, n_units: int, memory: int = 0
+) -> ActorPoolStrategy:
+    """``count`` actors at once, or as many as there is work for; of much memory, as many as it is there for.
 
     On a cluster whose recipe states no number, nodes that join it get actors as well.
     """
     start = min(count, n_units)
+    if memory:
+        return ActorPoolStrategy(min_size=1, max_size=start)
     if cluster.local or resources.actors:
         return ActorPoolStrategy(size=start)
     return ActorPoolStrategy(min_size=start, max_size=n_units)

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,10 @@ from h2t.heads.tap_kernels import KernelHead, StreamedWeights, held_out_outputs,
 from h2t.metrics import cross_entropy
 from pipelines.artifacts import HeadToTrain, grams
 from pipelines.backbone import layouts
+from pipelines.cluster import reserved_memory
 from pipelines.config import Config
 from pipelines.gram_files import StoredGrams, open_grams
-from pipelines.head_training import write_head
+from pipelines.head_training import solving_memory, write_head
 from pipelines.products import Shard
 from pipelines.results import validation_columns
 from pipelines.run_directory import RunDirectory
@@ -66,7 +67,19 @@ def stream_heads(session: Session, missing: Sequence[HeadToTrain], advance: Adva
         if done[task] == n_images[task]:
             advance(len(by_task[task]), task)
 
-    process_shards(session, shards, partial(HeadsWriter, session.run, session.config), advance_heads)
+    memory = max(
+        (_held(session, task, {job.point.target_size for job in jobs}) for task, jobs in by_task.items()),
+        default=0,
+    )
+    reserved = reserved_memory(session.cluster, memory, "final heads of features that are stored nowhere")
+    make_step = partial(HeadsWriter, session.run, session.config)
+    process_shards(session, shards, make_step, advance_heads, reserved)
+
+
+def _held(session: Session, task: str, sizes: Collection[int]) -> int:
+    """Bytes that an actor takes: what one target size is solved in, and the weights of all."""
+    weights = sum(12 * session.layouts[size].n_features * session.tasks[task].n_classes for size in sizes)
+    return max(solving_memory(session, task, size) for size in sizes) + weights
 
 
 class HeadsWriter:

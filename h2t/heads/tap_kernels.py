@@ -73,7 +73,7 @@ from torch import Tensor
 
 from h2t.errors import UserError
 from h2t.features import FeatureLayout
-from h2t.heads.kernel_logistic import held_out_losses, kernel_logistic
+from h2t.heads.kernel_logistic import Dual, held_out_losses, kernel_logistic
 from h2t.heads.solution import Problem, Solution
 
 ITERATIONS = 40
@@ -130,14 +130,19 @@ class KernelHead(NamedTuple):
         return self.kernel @ self.dual + self.bias
 
 
+def check_rows(n_rows: int) -> None:
+    """Raise UserError for more training images than a head can be solved for."""
+    if n_rows > MOST_ROWS:
+        raise UserError(
+            f"tap kernels: {n_rows:,} training images; expected at most {MOST_ROWS:,}, since the products of "
+            "all pairs are solved for; head2toe has no such limit"
+        )
+
+
 def kernel_head(problem: Problem) -> KernelHead:
     """The head of a learned mixture of the taps. Raises UserError for more than ``MOST_ROWS`` rows."""
     n_rows = len(problem.labels)
-    if n_rows > MOST_ROWS:
-        raise UserError(
-            f"tap kernels: {n_rows} training images; expected at most {MOST_ROWS}, since the products of all "
-            "pairs are solved for (head2toe has no such limit)"
-        )
+    check_rows(n_rows)
     targets = _one_hot(problem)
     some = np.linspace(0, n_rows - 1, min(n_rows, MIXTURE_ROWS)).round().astype(int)
     kernels, diagonals = tap_grams(problem, some if len(some) < n_rows else None)
@@ -160,16 +165,17 @@ def tap_kernels(problem: Problem, coefficients: Sequence[float]) -> Iterator[Sol
     tap are in memory at a time. Raises UserError for more than ``MOST_ROWS`` rows.
     """
     head, n_rounds = kernel_head(problem), int(max(coefficients, default=0))
-    kernel, penalty = head.kernel, head.penalty
+    kernel, penalty, dual = head.kernel, head.penalty, (head.dual, head.bias)
     roots = np.sqrt(np.repeat(head.factors, problem.layout.widths))
     for number in range(n_rounds + 1):
         following = _WeighedKernel(problem) if number < n_rounds else None
-        solution = _solved(problem, kernel, roots, penalty, following)
+        solution = _by_features(problem, kernel, dual, roots, following)
         for coefficient in coefficients:
             if int(coefficient) == number:
                 yield solution._replace(on_kept=partial(reweighted, penalty=penalty))
         if following:
             kernel, roots = following.scaled()
+            (dual,) = kernel_logistic(kernel, _one_hot(problem), [penalty])
 
 
 def reweighted(problem: Problem, contributions: np.ndarray, penalty: float) -> Solution:
@@ -177,7 +183,9 @@ def reweighted(problem: Problem, contributions: np.ndarray, penalty: float) -> S
     weighed = _WeighedKernel(problem)
     for columns in problem.layout.slices:
         weighed.add(_centred(problem, columns), contributions[columns])
-    return _solved(problem, *weighed.scaled(), penalty)
+    kernel, roots = weighed.scaled()
+    (dual,) = kernel_logistic(kernel, _one_hot(problem), [penalty])
+    return _by_features(problem, kernel, dual, roots)
 
 
 def held_out_outputs(
@@ -268,22 +276,22 @@ class _WeighedKernel:
         return (self.kernel * scale).cpu().numpy(), torch.cat(self.roots).cpu().numpy() * np.sqrt(scale)
 
 
-def _solved(
+def _by_features(
     problem: Problem,
     kernel: np.ndarray,
+    dual: Dual,
     roots: np.ndarray,
-    penalty: float,
     following: _WeighedKernel | None = None,
 ) -> Solution:
-    """Logistic regression on features times ``roots``, whose products less their means are ``kernel``.
+    """A head by its weights on features, which times ``roots``, and less their means, have ``kernel``.
 
     The weights come from features less their means: these would cancel at a loss of digits. ``following`` is
     given the features with what each contributes.
     """
-    ((dual, bias),) = kernel_logistic(kernel, _one_hot(problem), [penalty])
+    by_rows, bias = dual
     weight = np.empty((problem.layout.n_features, problem.n_classes), np.float32)
-    contributions, outputs = np.empty(len(weight)), kernel @ dual + bias
-    narrow = torch.from_numpy(dual.astype(np.float32)).to(problem.device)
+    contributions, outputs = np.empty(len(weight)), kernel @ by_rows + bias
+    narrow = torch.from_numpy(by_rows.astype(np.float32)).to(problem.device)
     for columns in problem.layout.slices:
         features = _centred(problem, columns)
         factors = torch.from_numpy(np.square(roots[columns, None])).to(problem.device)

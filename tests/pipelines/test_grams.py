@@ -155,6 +155,16 @@ def test_what_needs_features_is_refused_without(
         config(images, **({"features": "gram"} | settings))
 
 
+def test_too_many_images_are_refused_before_any_work(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("h2t.heads.tap_kernels.MOST_ROWS", 19)
+    recipe = config(images, methods=["linear", "tap_kernels"])
+    with pytest.raises(UserError, match="20 training images; expected at most 19"):
+        run_stages(recipe, str(tmp_path / "run"), ["extract"], Console(file=io.StringIO()))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_sweep_without_products_names_the_stage_to_run(images: Path, tmp_path: Path) -> None:
     recipe = config(images, methods=["tap_kernels"], features="gram")
     with pytest.raises(UserError, match="run the extract stage first"):
