@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,6 +18,18 @@ To be set before torch is imported. It has no say over GPUs.
 def default_device() -> str:
     """The GPU where there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def use_threads(count: int) -> None:
+    """Have this process compute on a CPU with so many threads, whatever its environment asks for.
+
+    That holds for PyTorch and for the BLAS of NumPy and of SciPy, which are libraries of their own.
+    """
+    from threadpoolctl import threadpool_limits
+
+    import_module("scipy.linalg")  # whose BLAS is told only once it is there
+    torch.set_num_threads(count)
+    threadpool_limits(count, user_api="blas")
 
 
 def slow_in_bfloat16() -> bool:

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from h2t.device import default_device
+from h2t.device import default_device, use_threads
 from h2t.finetuning import OutOfMemory, TrainableModel, predict_logits
 from pipelines.artifacts import Finetuning
 from pipelines.backbone import preprocessing_of
@@ -40,7 +39,7 @@ class FinetunedPredictor:
 
     def _load_models(self, task: TaskData) -> None:
         config = task.config
-        torch.set_num_threads(config.resources.cpus_per_actor)
+        use_threads(config.resources.cpus_per_actor)
         self.preprocessing = preprocessing_of(config.backbone)
         self.models = []
         for member in self.members[task.name]:

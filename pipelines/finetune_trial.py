@@ -16,7 +16,7 @@ import torch
 from torch.distributed import get_rank, is_initialized
 
 from h2t.backbones.loading import Backbone, load_backbone
-from h2t.device import default_device
+from h2t.device import default_device, use_threads
 from h2t.errors import UserError
 from h2t.finetuning import (
     Checkpoints,
@@ -110,7 +110,7 @@ def run_training(
     device = default_device()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of the trainings that this process has done before
-    torch.set_num_threads(config.resources.cpus_per_trial)
+    use_threads(config.resources.cpus_per_trial)
     pretrained = METHODS[point.method].pretrained
     backbone = backbone_to_train(config, pretrained=pretrained, seed=member.seed, device=device)
     preprocessing = preprocessing_of(config.backbone)

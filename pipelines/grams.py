@@ -10,9 +10,8 @@ from functools import partial
 
 import numpy as np
 import ray
-import torch
 
-from h2t.device import default_device
+from h2t.device import default_device, use_threads
 from h2t.features import FeatureLayout, keep_features, unit_norm
 from h2t.heads.solution import Problem
 from h2t.heads.tap_kernels import tap_products
@@ -99,7 +98,7 @@ def multiply(task: TaskData, units: Sequence[TapToMultiply], table: RowFiles, ru
     """Write the products of some taps of a table; the text of a user's mistake, if there is one."""
 
     def work() -> None:
-        torch.set_num_threads(task.config.resources.cpus_per_trial)
+        use_threads(task.config.resources.cpus_per_trial)
         stored = open_features(run, table.names(run))
         for unit in units:
             columns = np.arange(*stored.layout.offsets[[unit.tap, unit.tap + 1]])

@@ -13,7 +13,7 @@ import torch
 
 from h2t.adapter import save_head
 from h2t.costs import fitting_flops, shared_training
-from h2t.device import default_device, processor
+from h2t.device import default_device, processor, use_threads
 from h2t.errors import UserError
 from h2t.head2toe import Head, fit
 from h2t.heads.tap_kernels import MIXTURE_ROWS
@@ -65,7 +65,7 @@ def fit_heads(
     config = task.config
     shots = scope.shots
     rows = matrix.rows_of(task.subset("train", shots) if fold is None else task.fold(fold, shots)[0])
-    torch.set_num_threads(config.resources.cpus_per_trial)
+    use_threads(config.resources.cpus_per_trial)
     return fit(
         matrix.values,
         matrix.labels,

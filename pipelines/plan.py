@@ -23,7 +23,7 @@ from h2t.costs import (
     measure_backbone,
     shared_training,
 )
-from h2t.device import default_device
+from h2t.device import default_device, use_threads
 from h2t.features import FeatureLayout
 from h2t.head2toe import fit
 from h2t.hyperparameters import Hyperparameters
@@ -148,7 +148,7 @@ def feature_bytes(config: Config) -> int:
 
 def calibrate(facts: _Facts, cores: int = 1) -> Rates:
     """Measure the rates of one worker with so many cores."""
-    torch.set_num_threads(cores)
+    use_threads(cores)
     device = default_device()
     backbone = facts.backbone
     backbone.model.to(device)

@@ -22,7 +22,7 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext
 
 from h2t.backbones.tap_reader import TapReader
-from h2t.device import default_device
+from h2t.device import default_device, use_threads
 from h2t.errors import UserError
 from h2t.images.preprocessing import Preprocessing, prepare, to_batch
 from h2t.images.source import BadImage, BadRow, Image
@@ -438,7 +438,7 @@ class ImageReader:
     """A backbone on one device whose taps are read some at a time; state of an actor."""
 
     def __init__(self, config: Config) -> None:
-        torch.set_num_threads(config.resources.cpus_per_actor)
+        use_threads(config.resources.cpus_per_actor)
         self.config, self.device = config, default_device()
         self.backbone = load(config.backbone, self.device)
         self.preprocessing = preprocessing_of(config.backbone)
@@ -468,7 +468,7 @@ class FeatureReader:
     """A backbone with its hooks on one device; state of an actor."""
 
     def __init__(self, config: Config, target_sizes: Sequence[int]) -> None:
-        torch.set_num_threads(config.resources.cpus_per_actor)
+        use_threads(config.resources.cpus_per_actor)
         self.device = default_device()
         self.backbone = load(config.backbone, self.device)
         self.preprocessing = preprocessing_of(config.backbone)

@@ -30,13 +30,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image, ImageDraw
 from rich.console import Console
 from tabulate import tabulate
 
 from h2t.backbones.loading import load_backbone
 from h2t.backbones.tap_reader import feature_layout
+from h2t.device import use_threads
 from h2t.extraction import extract_features
 from h2t.features import FeatureLayout, unit_norm
 from h2t.folds import folds
@@ -210,7 +210,7 @@ def peak_megabytes() -> float:
 
 def measure(folder: str, task: str, method: str, grid: dict[str, list[float]], n_folds: int) -> None:
     """Print the result of one method on one task as JSON, with its seconds and its highest memory."""
-    torch.set_num_threads(1)
+    use_threads(1)
     data = Data(Path(folder), task)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here; that of getrusage is inherited
     before = peak_megabytes()
