@@ -131,11 +131,16 @@ class BackboneConfig(_Section):
 
 
 class ImagesConfig(_Section):
-    """Where the images of the tasks come from."""
+    """Where the images of the tasks come from; ``flips``: mirror images are training images too."""
 
     format: str = "bundled"
     root: Annotated[str, AfterValidator(_absolute)] | None = None
     options: dict[str, Any] = {}
+    flips: bool = False
+
+    @model_serializer(mode="wrap")
+    def _later_settings_where_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if (name, value) != ("flips", False)}
 
     @model_validator(mode="after")
     def _a_known_format_and_its_root(self) -> "ImagesConfig":

@@ -10,10 +10,11 @@ import numpy as np
 from h2t.errors import UserError
 from h2t.folds import folds
 from h2t.images.classes import check_classes
+from h2t.images.flipped import WithFlips
 from h2t.images.formats import open_source
 from h2t.images.source import BadRow, Image, ImageSource, SourceSplit, check_rows
 from h2t.tasks import Task
-from pipelines.config import Config
+from pipelines.config import Config, ImagesConfig
 
 Split = Literal["train", "test", "folds"]  # "folds": other images for the cross-validation, where given
 
@@ -74,9 +75,25 @@ class TaskData:
     def subset(self, split: Split, shots: int | None = None) -> np.ndarray:
         """Rows of a split, ascending int64: all, or ``shots`` of each class (fewer where it has no more).
 
-        The run's seed draws them, and more shots hold those of fewer.
+        The run's seed draws them, and more shots hold those of fewer. Mirror images come beside theirs.
         """
+        return self._with_flips(split, self._originals(split, shots))
+
+    def _has_flips(self, split: Split) -> bool:
+        """Whether the second half of a split's rows are the mirror images of the first."""
+        source, name = self.sources[split]
+        return isinstance(source, WithFlips) and name == "train"
+
+    def _with_flips(self, split: Split, rows: np.ndarray) -> np.ndarray:
+        if not self._has_flips(split):
+            return rows
+        return np.concatenate([rows, rows + len(self.labels[split]) // 2])
+
+    def _originals(self, split: Split, shots: int | None) -> np.ndarray:
+        """Rows of a split, or ``shots`` of each class, that are no mirror images, ascending int64."""
         labels = self.labels[split]
+        if self._has_flips(split):
+            labels = labels[: len(labels) // 2]
         if shots is None:
             return np.arange(len(labels))
         order = np.random.default_rng(self.config.seed).permutation(len(labels))
@@ -85,7 +102,7 @@ class TaskData:
 
     def n_folds(self, shots: int | None = None) -> int:
         """The number of folds: the recipe's, or that of the images where these are fewer."""
-        return min(self.config.cross_validation.n_folds, len(self.subset(self.fold_split, shots)))
+        return min(self.config.cross_validation.n_folds, len(self._originals(self.fold_split, shots)))
 
     def fold(self, number: int, shots: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Rows of ``fold_split``, or of its ``subset``, to train on and to validate on, ascending, int64.
@@ -93,16 +110,22 @@ class TaskData:
         The scheme "shuffled" mixes the rows by the run's seed and cuts these into blocks, the others cut the
         order of the source: "blocks" is the paper's, with the first 1000 images of the original training set;
         "archive" has a VTAB-1k archive's 800 training images in four blocks and its 200 validation images as
-        the fifth.
+        the fifth. Mirror images are trained on with theirs, and never validated on.
 
         Raises UserError for fewer images than folds.
         """
-        rows, recipe = self.subset(self.fold_split, shots), self.config.cross_validation
+        rows, recipe = self._originals(self.fold_split, shots), self.config.cross_validation
         if recipe.scheme == "shuffled":
             rows = rows[np.random.default_rng(self.config.seed).permutation(len(rows))]
         n_folds = recipe.n_folds if shots is None else self.n_folds(shots)
         train, validation = folds(len(rows), n_folds)[number]
-        return np.sort(rows[train]), np.sort(rows[validation])
+        return self._with_flips(self.fold_split, np.sort(rows[train])), np.sort(rows[validation])
+
+
+def opened(images: ImagesConfig, task: Task) -> ImageSource:
+    """The images of a task, as a recipe describes them."""
+    source = open_source(images.format, task, images.root, dict(images.options))
+    return WithFlips(source) if images.flips else source
 
 
 def open_task(config: Config, name: str) -> TaskData:
@@ -112,12 +135,12 @@ def open_task(config: Config, name: str) -> TaskData:
     than folds, or bad rows where the recipe refuses them.
     """
     task, images = config.task(name), config.task_images(name)
-    source = open_source(images.format, task, images.root, dict(images.options))
+    source = opened(images, task)
     sources: dict[Split, tuple[ImageSource, SourceSplit]] = {
         "train": (source, "train"), "test": (source, "test"),
     }  # fmt: skip
     if others := config.cross_validation.images:
-        sources["folds"] = (open_source(others.format, task, others.root, dict(others.options)), "train")
+        sources["folds"] = (opened(others, task), "train")
     labels = {split: np.asarray(source.labels(name), np.int32) for split, (source, name) in sources.items()}
     for split, values in labels.items():
         if not len(values):
