@@ -129,6 +129,7 @@ def test_head2toe_ft_plus_may_come_and_go(all_methods: RunDirectory, images: Pat
     assert run_with(list(METHODS)) == TRAINED | {name for name in METHODS if METHODS[name].best_of}
 
 
+@pytest.mark.slow
 def test_a_lost_file_is_trained_again_to_the_same_rows(
     all_methods: RunDirectory, images: Path, weights: str, console: Console
 ) -> None:

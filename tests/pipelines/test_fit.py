@@ -299,6 +299,7 @@ def test_a_class_with_one_image_takes_part(leaves: Path, cluster: Cluster, tmp_p
     assert "dodo has no held-out image" in words
 
 
+@pytest.mark.slow
 def test_many_images_are_predicted_part_by_part_and_a_stopped_run_goes_on(
     fitted: Path, leaves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,17 +21,17 @@ from pipelines.run import run_stages
 from pipelines.run_directory import RunDirectory
 from pipelines.session import Session
 from pipelines.task_data import open_task
-from tests.pipelines.conftest import frame, result_rows, run_all, small_config
+from tests.pipelines.conftest import frame, result_rows, small_config
 
 pytestmark = pytest.mark.usefixtures("cluster")
-METHODS = ["tap_kernels", "tap_kernels_kept"]
 
 
 @pytest.fixture(scope="module")
 def stored(images: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A run with features, at two target sizes."""
     run = RunDirectory(str(tmp_path_factory.mktemp("stored")))
-    run_all(config(images, methods=["linear", *METHODS]), run)
+    screen = Console(file=io.StringIO())
+    run_stages(config(images, methods=["tap_kernels"]), run.uri, ["extract", "sweep"], screen)
     return run
 
 
@@ -86,7 +86,8 @@ def test_a_run_without_stored_features_gives_the_same_results(
 ) -> None:
     run = RunDirectory(str(tmp_path))
     settings = {"methods": ["tap_kernels"], "features": "gram"}
-    run_all(config(images, **settings), run)
+    stages = ["extract", "sweep", "evaluate"]
+    run_stages(config(images, **settings), run.uri, stages, Console(file=io.StringIO()))
     assert not run.names("features", recursive=True)
     assert len(run.names("grams", recursive=True)) == len(stored.names("grams", recursive=True))
     ours, theirs = (
