@@ -327,13 +327,10 @@ DAMAGES = [
       for damage in (one_row_short, copied_over, another_label, flipped_bytes)],
     ("trials", no_rows), ("trials", flipped_bytes), ("heads", flipped_bytes), ("results", flipped_bytes),
 ]  # fmt: skip
-QUICK = [("features", flipped_bytes)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "damage"),
-    [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in DAMAGES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "damage"), DAMAGES)
 def test_other_content_never_gives_other_numbers(
     finished: RunDirectory, images: Path, tmp_path: Path, console: Console, kind: str, damage: Any
 ) -> None:

@@ -194,6 +194,7 @@ def test_a_training_that_diverges_leaves_a_row_with_its_step(
         without_diverged(rows[:1])
 
 
+@pytest.mark.slow
 def test_a_final_training_that_diverges_is_a_failed_result_that_the_report_counts(
     images: Path, weights: str, tmp_path: Path
 ) -> None:
@@ -326,6 +327,7 @@ def test_more_workers_than_the_cluster_holds_are_refused(
         concurrent_trainings(cluster, config)
 
 
+@pytest.mark.slow
 def test_a_mistake_that_only_the_workers_meet_is_one_message(
     images: Path, weights: str, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ MOMENTS = (
 @pytest.mark.parametrize(
     ("methods", "moments"),
     [
-        (["linear", "head2toe"], (MOMENTS[1], MOMENTS[3])),
+        (["linear", "head2toe"], MOMENTS[1:2]),
         pytest.param(["linear", "head2toe", "scratch"], MOMENTS, marks=pytest.mark.slow),
     ],
 )
@@ -63,7 +63,7 @@ def test_killed_in_every_stage_and_run_again(
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert n_killed >= len(moments) // 2
+    assert n_killed >= (len(moments) + 1) // 2
     leftover = folder / "trials" / "test_efficientnet" / "first" / "frozen" / ".tmp-left-behind"
     leftover.write_bytes(b"half a file")
     before = {path: path.stat().st_mtime_ns for path in (folder / "features").rglob("*.parquet")}

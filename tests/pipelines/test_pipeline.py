@@ -142,6 +142,7 @@ def test_trials_that_wait_for_features_end_with_what_these_have_failed_by(
     assert RunDirectory(str(tmp_path / "run")).names("trials", recursive=True) == []
 
 
+@pytest.mark.slow
 def test_another_setting_never_mixes_with_what_was_there(
     finished: RunDirectory, images: Path, tmp_path: Path, console: Console
 ) -> None:

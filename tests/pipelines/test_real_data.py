@@ -86,6 +86,7 @@ def test_files_that_are_no_rows_are_counted_named_and_forgotten_once_they_are_go
     assert not run.names("bad_rows", recursive=True)
 
 
+@pytest.mark.slow
 def test_links_to_nothing_are_bad_rows_and_mended_ones_are_forgotten(tmp_path: Path) -> None:
     root, run = write_classes(tmp_path / "images"), RunDirectory(str(tmp_path / "run"))
     link = root / "train" / "bee" / "linked.png"
