@@ -72,7 +72,9 @@ def make_trials(stage: str, session: Session, missing: Sequence[Trial], advance:
     concurrent = concurrent_trials(cluster, config.resources)
     n_slots = concurrent or slots(cluster, resources)
     jobs = as_jobs(session, packed(session, missing, n_slots), n_slots)
-    wanted = {inputs: read_by(session, inputs) for inputs in {job.work[0].inputs: None for job in jobs}}
+    wanted = {
+        inputs: read_by(session, inputs) for inputs in dict.fromkeys(job.work[0].inputs for job in jobs)
+    }
     tables = {
         (inputs.task, inputs.target_size): product
         for inputs, products in wanted.items()

@@ -8,7 +8,6 @@ import numpy as np
 
 from h2t.backbones.pretrained import find_weights, name_in_timm, weights_identity
 from h2t.costs import measure_backbone
-from pipelines import grams
 from pipelines.artifacts import backbone_folder, bad_rows, features, features_key, manifest, write_rows
 from pipelines.backbone import layouts, load_whole
 from pipelines.config import Config
@@ -67,7 +66,7 @@ class FeatureWriter:
             tables,
             index,
             task.labels[shard.split][index],
-            self.reader.read(images, seen),
+            self.reader.read_all(images, seen),
             task.config.resources.feature_compression,
         )
 
@@ -110,7 +109,6 @@ def list_files_left_out(session: Session, tasks: Sequence[str], advance: Advance
 
 STEPS = (
     Step("extract", "images", feature_products, make_features, count_rows),
-    *grams.STEPS,
     Step("bad rows", "lists", lambda session: [bad_rows(task) for task in session.tasks.values()],
          list_files_left_out, brief=True),
     Step("manifests", "manifests", lambda session: [manifest(task) for task in session.tasks.values()],

@@ -11,10 +11,9 @@ from functools import partial
 import numpy as np
 import ray
 
-from h2t.device import default_device, use_threads
+from h2t.device import default_device, fetched, use_threads
 from h2t.features import FeatureLayout, keep_features, unit_norm
-from h2t.heads.solution import Problem
-from h2t.heads.tap_kernels import tap_products
+from h2t.heads.tap_kernels import centred_products
 from h2t.methods import METHODS
 from pipelines.artifacts import TapToMultiply, backbone_folder, features, grams
 from pipelines.cluster import reserved_memory, slots, trial_resources
@@ -28,7 +27,7 @@ from pipelines.run_directory import RunDirectory
 from pipelines.session import Advance, Session, Step
 from pipelines.shard_stream import ImageReader, Seen, process_shards
 from pipelines.task_data import Split, TaskData
-from pipelines.worker_errors import raise_user_error, user_error_of
+from pipelines.worker_errors import as_finished, user_error_of
 
 
 def gram_products(session: Session) -> list[Files]:
@@ -63,9 +62,12 @@ def multiply_stored(session: Session, missing: Sequence[TapToMultiply], advance:
     """Multiply the stored features of taps, as Ray tasks."""
     cluster, run = session.cluster, session.run
     resources = trial_resources(cluster, session.config.resources)
-    groups: dict[tuple[str, str, int], list[TapToMultiply]] = {}
+    groups: dict[tuple[str, Split, int], list[TapToMultiply]] = {}
     for unit in missing:
         groups.setdefault((unit.task, unit.split, unit.target_size), []).append(unit)
+    tables = {key: features(session.tasks[key[0]], *key[1:]) for key in groups}
+    for table in tables.values():
+        table.names(run)  # raises where some are not there
 
     def width(unit: TapToMultiply) -> int:
         return session.layouts[unit.target_size].widths[unit.tap]
@@ -73,23 +75,19 @@ def multiply_stored(session: Session, missing: Sequence[TapToMultiply], advance:
     def flops(unit: TapToMultiply) -> float:
         return 2.0 * unit.n_rows**2 * width(unit)
 
-    pending = {}
+    pending: dict[ray.ObjectRef, list[TapToMultiply]] = {}
     for part in pieces(groups.values(), flops, slots(cluster, resources), per_slot=2, least=LEAST_FLOPS):
-        task, split, size = session.tasks[part[0].task], part[0].split, part[0].target_size
-        wanted = 4 * part[0].n_rows * (3 * max(map(width, part)) + 2 * part[0].n_rows) + PROCESS_BYTES
-        what = f"{task.name}: multiplying a tap's features at target size {size}"
-        table = features(task, split, size)
-        table.names(run)  # raises where some are not there
+        first = part[0]
+        wanted = 4 * first.n_rows * (3 * max(map(width, part)) + 2 * first.n_rows) + PROCESS_BYTES
+        what = f"{first.task}: multiplying a tap's features at target size {first.target_size}"
         options = multiply.options(
             num_cpus=resources["cpu"],
             num_gpus=resources["gpu"],
             memory=reserved_memory(cluster, wanted, what),
         )
-        pending[options.remote(task, part, table, run)] = part
-    while pending:
-        (finished,), _ = ray.wait(list(pending), num_returns=1)
-        raise_user_error([ray.get(finished)])
-        part = pending.pop(finished)
+        table = tables[first.task, first.split, first.target_size]
+        pending[options.remote(session.tasks[first.task], part, table, run)] = part
+    for part in as_finished(pending, "multiplied features"):
         advance(len(part), part[0].task)
 
 
@@ -112,11 +110,10 @@ def _write(
     run: RunDirectory, task: TaskData, unit: TapToMultiply, tap: str, values: np.ndarray, index: np.ndarray
 ) -> None:
     """Write the products of a tap's features float32 [n, width], of unit norm, which are written over."""
-    layout = FeatureLayout((tap,), (values.shape[1],))
-    problem = Problem(lambda columns: values, index, 0, layout, device=default_device())
+    products = centred_products(values, default_device())
     keys = backbone_folder(task.config), unit.task, unit.split, unit.target_size
     labels = task.labels[unit.split][index]
-    run.write_table(unit.file, gram_table(keys, tap, tap_products(problem, 0), index, labels))
+    run.write_table(unit.file, gram_table(keys, tap, products, index, labels))
 
 
 def multiply_images(session: Session, missing: Sequence[TapToMultiply], advance: Advance) -> None:
@@ -160,9 +157,10 @@ class ProductsWriter:
         values: dict[tuple[int, int], np.ndarray] = {}
         taps, sizes = sorted({tap for _, tap in units}), sorted({size for size, _ in units})
         for rows, pooled in self.images.read(images, taps, sizes, seen):
-            for key in units:
-                part = pooled[key].cpu().numpy()
-                values.setdefault(key, np.empty((len(images), part.shape[1]), np.float32))[rows] = part
+            for key, part in zip(units, fetched([pooled[key] for key in units]), strict=True):
+                if key not in values:
+                    values[key] = np.empty((len(images), part.shape[1]), np.float32)
+                values[key][rows] = part
         for (size, tap), unit in units.items():
             matrix, name = values.pop((size, tap)), self.images.backbone.taps[tap].name
             unit_norm(matrix, FeatureLayout((name,), matrix.shape[1:]), out=matrix)

@@ -14,7 +14,6 @@ import torch
 from h2t.adapter import save_head
 from h2t.costs import fitting_flops, shared_training
 from h2t.device import default_device, processor, use_threads
-from h2t.errors import UserError
 from h2t.head2toe import Head, fit
 from h2t.heads.tap_kernels import MIXTURE_ROWS
 from h2t.hyperparameters import Hyperparameters
@@ -31,7 +30,7 @@ from pipelines.run_directory import RunDirectory
 from pipelines.scope import EVERYTHING, Scope
 from pipelines.session import Advance, Session
 from pipelines.task_data import TaskData
-from pipelines.worker_errors import raise_user_error, user_error_of
+from pipelines.worker_errors import as_finished, user_error_of
 
 PROCESS_BYTES = 2**29  # of a worker that has loaded torch
 LEAST_FLOPS = 1e12  # of a task that trains heads: it starts a process and loads torch there
@@ -153,7 +152,7 @@ def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advan
     matrices = {key[:2]: tables[key[:2]] for key in groups if not key[2]}
     large = max((session.matrix_bytes[size] for _, size in matrices), default=0) >= RESERVED_FROM
     with feature_cache(session, matrices) if large else nullcontext() as cache:
-        pending = {}
+        pending: dict[ray.ObjectRef, list[HeadToTrain]] = {}
         for part in parts:
             jobs = [job for members in part for job in members]
             task, points = session.tasks[jobs[0].task], list({job.point for job in jobs})
@@ -173,22 +172,8 @@ def train_heads(session: Session, missing: Sequence[HeadToTrain], advance: Advan
             )
             table = tables[task.name, size]
             pending[train.remote(task, jobs, table, product, cache, run)] = jobs
-        while pending:
-            (finished,), _ = ray.wait(list(pending), num_returns=1)
-            raise_user_error([_outcome(finished, pending[finished][0].task)])
-            jobs = pending.pop(finished)
+        for jobs in as_finished(pending, "trained final heads"):
             advance(len(jobs), jobs[0].task)
-
-
-def _outcome(finished: ray.ObjectRef, task: str) -> str:
-    """What a training of heads returned. Raises UserError where its workers died, one after the other."""
-    try:
-        return str(ray.get(finished))
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-        raise UserError(
-            f"{task}: three workers died while they trained final heads ({str(error).splitlines()[0]}); if "
-            "memory ran out, lower resources.memory_per_trial_gb or leave out the largest grid.target_size"
-        ) from None
 
 
 # The process ends with the task: an idle one would hold its memory, and its GPU's, beside the actors to come.

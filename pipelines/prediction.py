@@ -62,7 +62,7 @@ class Predictor:
         parts = {
             tag: [np.empty((bank.n_heads, 0, task.n_classes), np.float32)] for tag, bank in banks.items()
         }
-        for taps in self.reader.read(images, seen):
+        for taps in self.reader.read_all(images, seen):
             sizes = {size for bank in banks.values() for size in bank.target_sizes}
             features = {size: torch.cat(taps[size], 1) for size in sizes}
             for tag, bank in banks.items():

@@ -11,7 +11,7 @@ from h2t.device import slow_in_bfloat16
 from h2t.errors import UserError
 from h2t.heads.tap_kernels import check_rows
 from h2t.methods import METHODS
-from pipelines import evaluate, extract, finetune, study, sweep
+from pipelines import evaluate, extract, finetune, grams, study, sweep
 from pipelines.config import Config
 from pipelines.lock import locked
 from pipelines.progress import StageProgress
@@ -21,7 +21,7 @@ from pipelines.session import Advance, Background, Product, Session, Step
 from pipelines.status import StepNote, StepRecorder, by_tasks
 
 STAGES: dict[str, Sequence[Step]] = {
-    "extract": extract.STEPS,
+    "extract": (*extract.STEPS, *grams.STEPS),
     "sweep": sweep.STEPS,
     "evaluate": evaluate.STEPS,
     "finetune": finetune.STEPS,
@@ -44,7 +44,7 @@ def run_stages(
             console.print(f"{task.name}: {len(task.left_out)} files, such as {first.path}: {first.reason}")
     if any(METHODS[name].by_tap for name in config.methods):
         for task in session.tasks.values():
-            check_rows(len(task.labels["train"]))
+            check_rows(max(len(task.labels[split]) for split in task.stored_splits))
     if address is None and "bfloat16" in precisions(config) and slow_in_bfloat16():
         console.print(
             "bfloat16 is about ten times slower than float32 on this processor, which has no AVX-512: "

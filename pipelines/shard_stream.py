@@ -435,7 +435,7 @@ def decoded_images(batch: pa.Table) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 class ImageReader:
-    """A backbone on one device whose taps are read some at a time; state of an actor."""
+    """A backbone on one device, whose taps are read some at a time; state of an actor."""
 
     def __init__(self, config: Config) -> None:
         use_threads(config.resources.cpus_per_actor)
@@ -450,39 +450,38 @@ class ImageReader:
 
         ``seen`` is told of each batch.
         """
-        part = self.backbone.only([self.backbone.taps[tap].name for tap in taps])
-        at_once = self.config.resources.images_per_forward
+        part, start = self.backbone.only([self.backbone.taps[tap].name for tap in taps]), 0
         with TapReader(part, target_sizes, self.config.backbone.aggregation) as reader:
-            for start in range(0, len(images), at_once):
-                chunk = images[start : start + at_once]
-                pooled = reader(to_batch(chunk, self.preprocessing, self.device))
-                yield (
-                    slice(start, start + len(chunk)),
-                    {(size, tap): value for size, values in pooled.items()
-                     for tap, value in zip(taps, values, strict=True)},
-                )  # fmt: skip
-                seen(len(chunk))
+            for pooled in self.batches(reader, images, seen):
+                keyed = {(size, tap): value for size, values in pooled.items()
+                         for tap, value in zip(taps, values, strict=True)}  # fmt: skip
+                stop = start + len(next(iter(keyed.values())))
+                yield slice(start, stop), keyed
+                start = stop
+
+    def batches(
+        self, reader: TapReader, images: list[np.ndarray], seen: Seen
+    ) -> Iterator[dict[int, list[torch.Tensor]]]:
+        """What a reader gives of each batch of images, of which ``seen`` is told."""
+        at_once = self.config.resources.images_per_forward
+        for start in range(0, len(images), at_once):
+            chunk = images[start : start + at_once]
+            yield reader(to_batch(chunk, self.preprocessing, self.device))
+            seen(len(chunk))
 
 
-class FeatureReader:
-    """A backbone with its hooks on one device; state of an actor."""
+class FeatureReader(ImageReader):
+    """One that reads all taps; its hooks stay, and what is compiled is compiled once."""
 
     def __init__(self, config: Config, target_sizes: Sequence[int]) -> None:
-        use_threads(config.resources.cpus_per_actor)
-        self.device = default_device()
-        self.backbone = load(config.backbone, self.device)
-        self.preprocessing = preprocessing_of(config.backbone)
+        super().__init__(config)
         self.taps = TapReader(
             self.backbone, target_sizes, config.backbone.aggregation, compiled=config.resources.compile
         )
-        self.images_per_forward = config.resources.images_per_forward
 
-    def read(self, images: list[np.ndarray], seen: Seen) -> Iterator[dict[int, list[torch.Tensor]]]:
+    def read_all(self, images: list[np.ndarray], seen: Seen) -> Iterator[dict[int, list[torch.Tensor]]]:
         """Features of each batch of images: per target size, one float32 [b, width] per tap.
 
         ``seen`` is told of each batch.
         """
-        for start in range(0, len(images), self.images_per_forward):
-            chunk = images[start : start + self.images_per_forward]
-            yield self.taps(to_batch(chunk, self.preprocessing, self.device))
-            seen(len(chunk))
+        return self.batches(self.taps, images, seen)

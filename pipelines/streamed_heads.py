@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from h2t.device import fetched
 from h2t.features import FeatureLayout, unit_norm
 from h2t.head2toe import Head
 from h2t.heads.solution import Problem
@@ -99,9 +100,9 @@ class HeadsWriter:
         weights = {size: StreamedWeights(head, self.layouts[size]) for size, head in solved.items()}
         every = range(len(self.images.backbone.taps))
         for rows, pooled in self.images.read(images, every, sizes, seen):
-            for (size, tap), part in pooled.items():
-                layout = FeatureLayout(("tap",), part.shape[1:])
-                weights[size].add(tap, rows, unit_norm(part, layout).cpu().numpy())
+            normed = [unit_norm(part, FeatureLayout(("tap",), part.shape[1:])) for part in pooled.values()]
+            for (size, tap), part in zip(pooled, fetched(normed), strict=True):
+                weights[size].add(tap, rows, part.numpy())
         solutions = {size: streamed.solution() for size, streamed in weights.items()}
         seconds = (time.perf_counter() - started) / len(shard.files)
         for job, name in shard.files:

@@ -182,7 +182,7 @@ def reweighted(problem: Problem, contributions: np.ndarray, penalty: float) -> S
     """The head where a feature of variance 1 has its contribution for the prior variance of its weights."""
     weighed = _WeighedKernel(problem)
     for columns in problem.layout.slices:
-        weighed.add(_centred(problem, columns), contributions[columns])
+        weighed.add(_centred(problem.read(columns), problem.device), contributions[columns])
     kernel, roots = weighed.scaled()
     (dual,) = kernel_logistic(kernel, _one_hot(problem), [penalty])
     return _by_features(problem, kernel, dual, roots)
@@ -238,8 +238,9 @@ class _Centred(NamedTuple):
     variances: Tensor
 
 
-def _centred(problem: Problem, columns: slice) -> _Centred:
-    rows = torch.from_numpy(problem.read(columns)).to(problem.device)
+def _centred(features: np.ndarray, device: str) -> _Centred:
+    """Of features float32 [n, n_columns], which are written over."""
+    rows = torch.from_numpy(features).to(device)
     means = rows.mean(0, dtype=torch.float64)
     rows -= means.float()
     variances = torch.linalg.vector_norm(rows, dim=0).double().square() / len(rows)
@@ -293,7 +294,7 @@ def _by_features(
     contributions, outputs = np.empty(len(weight)), kernel @ by_rows + bias
     narrow = torch.from_numpy(by_rows.astype(np.float32)).to(problem.device)
     for columns in problem.layout.slices:
-        features = _centred(problem, columns)
+        features = _centred(problem.read(columns), problem.device)
         factors = torch.from_numpy(np.square(roots[columns, None])).to(problem.device)
         part = features.rows.T @ narrow * factors.float()
         sizes = torch.linalg.vector_norm(part.double(), dim=1)
@@ -319,7 +320,12 @@ def tap_products(problem: Problem, tap: int) -> np.ndarray:
     """X_t X_t', float32 [n, n], of features less their means: as they are known, or from the features."""
     if problem.products:
         return problem.products(tap)
-    rows, _, _ = _centred(problem, problem.layout.slices[tap])
+    return centred_products(problem.read(problem.layout.slices[tap]), problem.device)
+
+
+def centred_products(features: np.ndarray, device: str = "cpu") -> np.ndarray:
+    """X X', float32 [n, n], of features float32 [n, n_columns] less their means, which are written over."""
+    rows, _, _ = _centred(features, device)
     return (rows @ rows.T).cpu().numpy()
 
 

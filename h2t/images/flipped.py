@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -19,6 +20,10 @@ class WithFlips:
 
     source: ImageSource
 
+    @cached_property
+    def _n_train(self) -> int:
+        return len(self.source.labels("train"))
+
     def labels(self, split: SourceSplit) -> np.ndarray:
         """int32 [2n] of the training split."""
         labels = self.source.labels(split)
@@ -28,23 +33,22 @@ class WithFlips:
         """Images of any rows in any order; mirror images as pixels uint8 [height, width, 3]."""
         if split != "train":
             return self.source.read(split, rows)
-        n_rows = len(self.source.labels(split))
+        n_rows = self._n_train
         images = self.source.read(split, [row % n_rows for row in rows])
         return [image if row < n_rows else _flipped(image) for row, image in zip(rows, images, strict=True)]
 
     def name(self, split: SourceSplit, row: int) -> str:
         """That of the image, of which the mirror image says so."""
-        n_rows = len(self.source.labels(split))
-        flipped = " (flipped)" if split == "train" and row >= n_rows else ""
-        return self.source.name(split, row % n_rows) + flipped
+        if split != "train" or row < self._n_train:
+            return self.source.name(split, row)
+        return f"{self.source.name(split, row - self._n_train)} (flipped)"
 
     def problems(self, split: SourceSplit) -> Iterator[RowProblem]:
         """Those of the source; what is wrong with an image is wrong with its mirror image."""
-        n_rows = len(self.source.labels(split))
         for problem in self.source.problems(split):
             yield problem
             if split == "train":
-                yield replace(problem, index=n_rows + problem.index)
+                yield replace(problem, index=self._n_train + problem.index)
 
     def left_out(self) -> Iterator[RowProblem]:
         """As the source has it."""
